@@ -1,0 +1,328 @@
+"""trust.py against the paper's equations, worked by hand, and against hostile submissions."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from trust import (
+    PRESETS,
+    Settings,
+    aggregate,
+    centre_distances,
+    initial_reputation,
+    initial_state,
+    mad_step,
+    normalised_distance,
+    outlying_group,
+    squared_distances,
+    trust_indicator,
+    two_means,
+    update_reputation,
+    update_trust,
+)
+
+PAPER, TESTBED = PRESETS["paper"], PRESETS["testbed"]
+unit = st.floats(0, 1)
+
+
+def column(*values: float) -> np.ndarray:
+    """Clients with a single weight each, so that distances can be seen: W [C, 1]."""
+    return np.array(values, float)[:, None]
+
+
+# ---------------------------------------------------------------- the equations, by hand
+
+
+def test_equation_1():
+    assert initial_reputation(np.array([0.3, 1.0])).tolist() == [0.3, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("previous", "d", "t", "expected"),
+    [
+        (0.4, 0.6, 2, 0.85),  # 0.4 + 0.6 + 0.2 = 1.2, clipped to 1; 0.75 * 1 + 0.25 * 0.4
+        (0.1, 0.5, 10, 0.4825),  # d = alpha rises: 0.1 + 0.5 + 0.01 = 0.61; 0.75 * 0.61 + 0.025
+        (0.9, 0.45, 3, 0.601579),  # 1.35 - exp(-0.55 * 0.3) = 0.502106; 0.75 * 0.502106 + 0.225
+        (0.4, 0.2, 2, 0.1),  # 0.6 - exp(-0.8 * 0.2) = -0.252, clipped to 0; 0.25 * 0.4
+    ],
+)
+def test_equations_2_to_4_as_printed(previous, d, t, expected):
+    R = update_reputation(np.array([previous]), np.array([d]), t, PAPER)
+    assert R[0] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("previous", "d", "t", "expected"),
+    [
+        (0.4, 0.6, 2, 0.7),  # 0.4 + 0.6 - 0.2 = 0.8; 0.75 * 0.8 + 0.1
+        (0.9, 0.45, 3, 0.921711),  # 1.35 - exp(-(1 - 0.45 * 0.3)) = 0.928948; 0.75 * 0.928948 + 0.225
+        (1.0, 1.0, 4, 1.0),  # 1.75, smoothed to 1.5625 and only then clipped
+        (1.0, 0.0, 1, 0.724090),  # 1 - exp(-1) = 0.632121, smoothed to 0.724090
+    ],
+)
+def test_equations_2_to_4_of_the_testbed(previous, d, t, expected):
+    R = update_reputation(np.array([previous]), np.array([d]), t, TESTBED)
+    assert R[0] == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_order_of_clipping_and_smoothing_matters():
+    R, d = np.array([0.4]), np.array([0.6])  # 1.2 before clipping
+    assert update_reputation(R, d, 2, replace(PAPER, order="smooth-clip"))[0] == pytest.approx(1.0)  # 0.9 + 0.1
+    assert update_reputation(R, d, 2, PAPER)[0] == pytest.approx(0.85)
+
+
+@pytest.mark.parametrize(
+    ("R", "d", "expected"),
+    [(1, 1, 2**0.5), (0, 0, -(2**0.5)), (0.6, 0.8, 1 - 0.2**0.5), (0.5, 0.5, 0)],  # 0.6, 0.8: 1 - |(0.4, 0.2)|
+)
+def test_equation_5(R, d, expected):
+    assert trust_indicator(np.array([R]), np.array([d]))[0] == pytest.approx(expected)
+
+
+def test_equations_6_and_7():
+    before = np.array([0.5, 0.5, 0.5])
+    trust = update_trust(before, np.array([0.4, 2**0.5, -1.0]), PAPER)
+    assert trust.tolist() == pytest.approx([0.415, 1.0, 0.0])  # 0.34 + 0.075; 1.277 and -0.775 are clipped
+
+
+@given(hnp.arrays(float, 5, elements=unit), hnp.arrays(float, 5, elements=unit), st.integers(2, 10**6))
+def test_scores_stay_in_the_unit_interval(R, d, t):
+    for preset in PRESETS.values():
+        reputation = update_reputation(R, d, t, preset)
+        trust = update_trust(R, trust_indicator(reputation, d), preset)
+        assert ((reputation >= 0) & (reputation <= 1) & (trust >= 0) & (trust <= 1)).all()
+
+
+@given(unit, unit, st.integers(2, 1000))
+def test_a_nearer_client_is_never_trusted_less(R, t0, t):
+    d = np.linspace(0, 1, 101)
+    trust = update_trust(np.full(101, t0), trust_indicator(update_reputation(np.full(101, R), d, t, PAPER), d), PAPER)
+    assert (np.diff(trust) >= -1e-12).all()
+
+
+# ---------------------------------------------------------------- distances
+
+
+def test_an_outlying_group_sets_the_scale():
+    # 2-means: {0, 1, 2} and {10}; centre 1; distances 1, 0, 1, 9; silhouettes 17/20, 8/9, 13/16, 0: mean 0.638
+    distance, d, spread = normalised_distance(column(0, 1, 2, 10), 0.0, PAPER)
+    assert distance.tolist() == pytest.approx([1, 0, 1, 9])
+    assert d.tolist() == pytest.approx([8 / 9, 1, 8 / 9, 0])
+    assert spread == pytest.approx(1)
+
+
+def test_a_group_within_the_usual_spread_is_no_group():
+    # 9 is not beyond 1.25 * 8, so the centre is everybody's, 3.25: distances 3.25, 2.25, 1.25, 6.75
+    distance, d, spread = normalised_distance(column(0, 1, 2, 10), 8.0, PAPER)
+    assert distance.tolist() == pytest.approx([3.25, 2.25, 1.25, 6.75])
+    assert d.tolist() == pytest.approx([1 - (x - 1.25) / 18.75 for x in (3.25, 2.25, 1.25, 6.75)])  # hi = 2.5 * 8
+    assert spread == 8
+
+
+def test_without_a_group_the_farthest_is_not_far():
+    # two clusters of one size are no group: centre 1.5, median distance 1, hi = 2.5, lo = 0.5
+    assert normalised_distance(column(0, 1, 2, 3), 0.0, PAPER)[1].tolist() == pytest.approx([0.5, 1, 1, 0.5])
+    assert normalised_distance(column(0, 1, 2, 3), 0.0, TESTBED)[1].tolist() == pytest.approx([0, 1, 1, 0])
+
+
+def test_a_split_without_structure_is_no_group():
+    W = np.random.default_rng(0).normal(size=(10, 500))  # in 500 dimensions all are about equally far apart
+    assert not outlying_group(squared_distances(W), 0.0, PAPER).any()
+    assert outlying_group(squared_distances(W), 0.0, replace(PAPER, silhouette=-1.0)).any()
+
+
+@pytest.mark.parametrize("W", [column(1), column(1, 5), column(3, 3, 3, 3)], ids=["one", "two", "identical"])
+def test_degenerate_rounds_have_no_group(W):
+    _, d, _ = normalised_distance(W, 0.0, PAPER)
+    assert d.tolist() == [1] * len(W)
+
+
+def test_distances_and_split_are_those_of_the_full_weights():
+    from sklearn.cluster import KMeans
+
+    rng = np.random.default_rng(1)
+    W = rng.normal(size=(9, 300)) + 2 * (np.arange(9) < 3)[:, None]
+    squared = squared_distances(W)
+    assert squared == pytest.approx(((W[:, None] - W) ** 2).sum(2))
+    members = np.arange(9) >= 3
+    assert centre_distances(squared, members) == pytest.approx(np.linalg.norm(W - W[members].mean(0), axis=1))
+    start = W[list(np.unravel_index(squared.argmax(), squared.shape))]
+    expected = KMeans(2, init=start, n_init=1).fit(W).labels_.astype(bool)
+    assert (two_means(squared) == expected).all()
+    assert sorted([expected.sum(), (~expected).sum()]) == [3, 6]
+
+
+clouds = hnp.arrays(float, (6, 4), elements=st.integers(-1000, 1000))
+
+
+@settings(max_examples=60)
+@given(clouds, st.permutations(range(6)), st.integers(-50, 50), st.sampled_from([0.25, 3.0, 64.0]))
+def test_shifting_or_scaling_all_weights_changes_nothing(W, order, shift, scale):
+    _, d, spread = normalised_distance(W, 0.0, PAPER)
+    _, moved, moved_spread = normalised_distance(W * scale + shift, 0.0, PAPER)
+    assert moved == pytest.approx(d, abs=1e-6)
+    assert moved_spread == pytest.approx(spread * scale, abs=1e-6)
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 10**6), st.permutations(range(8)))
+def test_permuting_clients_permutes_scores(seed, order):
+    W = np.random.default_rng(seed).normal(size=(8, 30)) + 3 * (np.arange(8) < 2)[:, None]
+    _, d, spread = normalised_distance(W, 0.0, PAPER)
+    _, permuted, permuted_spread = normalised_distance(W[list(order)], 0.0, PAPER)
+    assert permuted == pytest.approx(d[list(order)], abs=1e-9)
+    assert permuted_spread == pytest.approx(spread)
+
+
+# ---------------------------------------------------------------- rounds
+
+
+def submissions(seed: int, far: tuple[int, ...] = (1, 4), clients: int = 10, by: float = 3.0) -> np.ndarray:
+    """Models around one point, those of `far` around another."""
+    W = np.random.default_rng(seed).normal(size=(clients, 200)) / 14  # about 1 from the centre
+    W[list(far)] += by / 200**0.5
+    return W
+
+
+def play(rounds: int, mad_start: int | None, settings: Settings = PAPER, far=(1, 4), edit=lambda W, t: W):
+    """The states of `rounds` rounds of such submissions."""
+    states = [initial_state(10)]
+    for t in range(1, rounds + 1):
+        states.append(mad_step(edit(submissions(t, far), t), states[-1], t, mad_start, settings))
+    return states
+
+
+def test_the_distrusted_are_excluded_from_the_mad_start_on():
+    states = play(8, mad_start=5)
+    assert [s.active.sum() for s in states[1:]] == [10, 10, 10, 10, 8, 8, 8, 8]
+    assert np.flatnonzero(~states[-1].active).tolist() == [1, 4]
+    assert (states[5].trust[[1, 4]] < 0.15).all()
+    assert np.isnan(states[6].trust[[1, 4]]).all()  # dropped: not scored any more
+    assert states[-1].trust[states[-1].active].min() > 0.5
+
+
+def test_without_a_start_nobody_is_excluded_but_all_are_scored():
+    states = play(8, mad_start=None)
+    assert all(s.active.all() for s in states)
+    assert (states[-1].trust[[1, 4]] < 0.15).all()
+
+
+def test_without_attackers_nobody_is_excluded():
+    assert all(s.active.all() for s in play(30, mad_start=1, far=()))
+
+
+def test_min_max_excludes_honest_clients_where_nobody_attacks():
+    """The negative control: the plain normalisation always calls somebody far."""
+    plain = replace(PAPER, clusters=1, scale_floor=0.0)
+    assert play(30, 1, plain, far=())[-1].active.sum() < 10
+
+
+def test_first_round_by_hand():
+    # d = 8/9, 1, 8/9, 0; R = d; trust = 0.85 * sqrt 2 (2 d - 1), clipped
+    state = mad_step(column(0, 1, 2, 10), initial_state(4), 1, 1, PAPER)
+    assert state.reputation.tolist() == pytest.approx([8 / 9, 1, 8 / 9, 0])
+    assert state.trust.tolist() == pytest.approx([0.85 * 2**0.5 * 7 / 9, 1, 0.85 * 2**0.5 * 7 / 9, 0])
+    assert state.active.tolist() == [True, True, True, False]
+    assert (state.round, state.kept) == (1, False)
+
+
+def test_the_testbed_excludes_one_round_later_and_first_the_lowest():
+    states = play(8, mad_start=3, settings=TESTBED)
+    assert [s.active.sum() for s in states[1:5]] == [10, 10, 10, 9]
+    lowest = np.flatnonzero(~states[4].active)
+    assert lowest.tolist() == [states[3].trust.argmin()]
+    assert not np.isnan(states[-1].trust).any()  # observed: the excluded are still scored
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("mad_start", [None, 6])
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
+def test_a_client_that_submits_no_numbers_is_excluded_at_once(poison, mad_start, preset):
+    def edit(W, t):
+        if t == 2:
+            W[7, 13] = poison
+        return W
+
+    states = play(4, mad_start, preset, edit=edit)
+    assert [bool(s.active[7]) for s in states[1:]] == [True, False, False, False]
+    assert np.isnan(states[2].trust[7])
+    others = np.arange(10) != 7
+    clean = mad_step(submissions(2)[others], _without(states[1], 7), 2, mad_start, preset)
+    assert states[2].trust[others] == pytest.approx(clean.trust)  # it reached neither K-means nor the scale
+
+
+def _without(state, client: int):
+    """The state with one client cut out."""
+    names = ("distance", "d", "reputation", "trust", "active")
+    return replace(state, **{name: np.delete(getattr(state, name), client) for name in names})
+
+
+def test_if_nobody_submits_numbers_the_run_can_not_go_on():
+    with pytest.raises(FloatingPointError, match="round 3"):
+        mad_step(np.full((4, 5), np.nan), initial_state(4), 3, None, PAPER)
+
+
+def test_if_everyone_would_be_excluded_the_round_keeps_its_clients():
+    strict = replace(PAPER, threshold=1.0, beta_trust=0.5)  # first trust is at most 0.707
+    state = mad_step(submissions(1), initial_state(10), 1, 1, strict)
+    assert state.kept and state.active.all()
+
+
+def test_if_everyone_would_be_excluded_the_testbed_averages_everybody():
+    state = replace(initial_state(10), trust=np.zeros(10), active=np.arange(10) > 0)
+    state = mad_step(submissions(1), state, 5, 2, TESTBED)
+    assert state.kept and state.active.all()
+
+
+@pytest.mark.parametrize("value", [1e30, -1e30, 0.0, 1e-30])
+def test_a_crude_submission_costs_no_honest_client_its_place(value):
+    def edit(W, t):
+        W = W + 5  # so that zero lies far from the others
+        W[[1, 4]] = value
+        return W
+
+    states = play(12, mad_start=4, far=(), edit=edit)
+    assert np.flatnonzero(~states[-1].active).tolist() == [1, 4]
+
+
+def test_an_outlier_does_not_blur_the_distances_between_the_others():
+    W = submissions(0, far=())
+    W[3] = 1e30
+    honest = np.arange(10) != 3
+    assert squared_distances(W)[np.ix_(honest, honest)] == pytest.approx(squared_distances(W[honest]), rel=1e-9)
+
+
+def test_copies_of_a_model_and_one_client_left():
+    W = np.repeat(submissions(0)[:1], 10, 0)
+    state = mad_step(W, initial_state(10), 1, 1, PAPER)
+    assert state.active.all() and (state.d == 1).all()
+    alone = replace(state, active=np.arange(10) == 2)
+    state = mad_step(submissions(2), alone, 2, 1, PAPER)
+    assert state.active.tolist() == alone.active.tolist() and state.d[2] == 1
+
+
+# ---------------------------------------------------------------- aggregation, settings
+
+
+def test_fedavg_by_hand():
+    W = np.array([[1.0, 10], [4, 40], [100, 100]], np.float32)
+    w = aggregate(W, np.array([2, 1, 7]), np.array([True, True, False]))
+    assert w.tolist() == [2, 20] and w.dtype == np.float32  # (2 * 1 + 4) / 3
+
+
+def test_what_is_not_active_never_reaches_the_average():
+    W = np.array([[1.0], [np.nan], [3.0]])
+    assert aggregate(W, np.ones(3), np.array([True, False, True])).tolist() == [2]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("threshold", 1.5), ("threshold", float("nan")), ("clusters", 3), ("outlying", -1.0), ("order", "neither")],
+)
+def test_settings_outside_their_range_are_refused(field, value):
+    with pytest.raises(ValueError, match=f"{field} .*{value}"):
+        replace(PAPER, **{field: value})

@@ -1,0 +1,295 @@
+"""PneumoniaMNIST (or the embedded phantom), the split among clients, label attacks.
+
+`python data.py --png DIR` writes the clients' images as PNG files, as the split and the attack give them.
+
+Shapes: n images, C clients.
+"""
+
+import argparse
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+Images = NDArray[np.uint8]  # [n, 28, 28], 0 black to 255 white
+Labels = NDArray[np.int64]  # [n], 0 normal, 1 pneumonia
+
+LABELS = ("normal", "pneumonia")
+DATASETS = ("auto", "pneumoniamnist", "phantom")
+FILE = "pneumoniamnist.npz"
+MD5 = "28209eda62fecd6e6a2d98b1501bb15f"  # of FILE, as medmnist publishes it
+DOWNLOAD_SECONDS = 60  # ours: 4 MB; medmnist sets no limit of its own and can hang
+VALIDATION = 0.1  # testbed: a client keeps 10 % of its images for validation
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images uint8 [n, 28, 28] and labels int64 [n] (0 normal, 1 pneumonia) of the training and the test split.
+
+    `name` is what is held, `md5` that of its file (of its arrays, for the phantom), `note` says why the phantom
+    stands in where it does, else it is empty.
+    """
+
+    train_images: Images
+    train_labels: Labels
+    test_images: Images
+    test_labels: Labels
+    name: str
+    md5: str
+    note: str = ""
+
+
+# ---------------------------------------------------------------- the two data sets
+
+
+def load(dataset: str = "auto", root: str | Path | None = None) -> Dataset:
+    """PneumoniaMNIST from `root`, or the phantom; `auto` takes the phantom if PneumoniaMNIST can't be had.
+
+    `root` is the folder of pneumoniamnist.npz, which is downloaded into it if it is absent. Default: the
+    environment variable MADSIM_DATA, else medmnist's own folder. Raises ValueError for an unknown name or a
+    damaged file, and FileNotFoundError if the named PneumoniaMNIST is absent and can't be downloaded.
+    """
+    if dataset not in DATASETS:
+        raise ValueError(f"dataset {dataset!r} is unknown; known: {', '.join(DATASETS)}")
+    if dataset == "phantom":
+        return phantom()
+    try:
+        return pneumoniamnist(Path(root or os.environ.get("MADSIM_DATA") or Path.home() / ".medmnist"))
+    except FileNotFoundError as error:
+        if dataset == "pneumoniamnist":
+            raise
+        return phantom(note=str(error))
+
+
+def pneumoniamnist(root: Path) -> Dataset:
+    """The real data set (Yang et al. 2023, CC BY 4.0) from root/pneumoniamnist.npz, downloaded if absent."""
+    path = root / FILE
+    if not path.is_file():
+        download(root)
+    md5 = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+    if md5 != MD5:
+        raise ValueError(f"{path} has MD5 {md5}, PneumoniaMNIST has {MD5}; delete the file to download it afresh")
+    with np.load(path, allow_pickle=False) as arrays:
+        train, test = (
+            (arrays[f"{split}_images"], arrays[f"{split}_labels"][:, 0].astype(np.int64)) for split in ("train", "test")
+        )
+    return Dataset(*train, *test, name="PneumoniaMNIST", md5=md5)
+
+
+def download(root: Path) -> None:
+    """Fetch pneumoniamnist.npz into `root` by medmnist, in a process of its own that can be stopped.
+
+    Raises FileNotFoundError, with what was tried and how to put the file in place, if that fails.
+    """
+    fetch = "import medmnist, sys; medmnist.PneumoniaMNIST('train', download=True, root=sys.argv[1])"
+    print(f"{root / FILE} is absent: downloading it (4 MB, {DOWNLOAD_SECONDS} s at most) ...", file=sys.stderr)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root) as unfinished:
+            command = [sys.executable, "-c", fetch, unfinished]
+            subprocess.run(command, timeout=DOWNLOAD_SECONDS, check=True, capture_output=True, text=True)
+            os.replace(Path(unfinished) / FILE, root / FILE)
+        return
+    except subprocess.TimeoutExpired:
+        reason = f"no answer within {DOWNLOAD_SECONDS} s"
+    except subprocess.CalledProcessError as error:
+        causes = [line for line in error.stderr.splitlines() if "Error" in line]
+        reason = causes[0].strip() if causes else "medmnist failed"
+    except OSError as error:
+        reason = str(error)
+    raise FileNotFoundError(
+        f"{root / FILE} is absent and medmnist could not download it ({reason}); get {FILE} of MedMNIST v2 "
+        f"elsewhere, put it into a folder and name that by --data-root or MADSIM_DATA"
+    )
+
+
+# ---------------------------------------------------------------- the phantom
+
+# PneumoniaMNIST's own numbers of normal and pneumonia images.
+PHANTOM_COUNTS = {"train": (1214, 3494), "test": (234, 390)}
+
+
+def phantom(seed: int = 0, note: str = "") -> Dataset:
+    """Drawn chest X-rays in PneumoniaMNIST's numbers, for a machine without it; the same seed, the same images."""
+    rng = np.random.default_rng([seed, 3])
+    arrays = []
+    for counts in PHANTOM_COUNTS.values():
+        labels = rng.permutation(np.repeat([0, 1], counts))
+        arrays += [draw_chests(labels, rng), labels]
+    md5 = hashlib.md5(b"".join(array.tobytes() for array in arrays), usedforsecurity=False).hexdigest()
+    return Dataset(*arrays, name="phantom", md5=md5, note=note)
+
+
+def draw_chests(labels: Labels, rng: np.random.Generator) -> Images:
+    """One image a label: body, spine, two darker lungs with ribs and vessels, the heart's shadow over one of them,
+    and with pneumonia one to four diffuse opacities in the lungs, from faint to dense.
+
+    Every length is in half widths of the image, from -1 to 1, and varies from image to image. The ranges are chosen
+    so that the network's test accuracy lies within 0.90 to 0.98 and logistic regression's near 0.82.
+    """
+
+    def vary(low: float, high: float):
+        return rng.uniform(low, high, (len(labels), 1, 1)).astype(np.float32)
+
+    def either_side():
+        return np.where(vary(0, 1) < 0.5, -1, 1)
+
+    def blob(x0, y0, width, height):
+        return np.exp(-(((x - x0) / width) ** 2) - ((y - y0) / height) ** 2)
+
+    def inside(distance, sharpness):
+        return 0.5 + 0.5 * np.tanh(sharpness * distance)
+
+    axis = np.linspace(-1, 1, 28, dtype=np.float32)
+    u, v = axis - vary(-0.12, 0.12), axis[:, None] - vary(-0.12, 0.12)  # the patient's position,
+    tilt, size = vary(-0.1, 0.1), vary(0.9, 1.15)  # posture and size
+    x, y = (u + tilt * v) / size, (v - tilt * u) / size  # [n, 28, 28]
+
+    body = inside(1.05 + 0.9 * np.minimum(y + vary(0.5, 0.9), 0) - np.abs(x), 5)  # narrower above the shoulders
+    spine = blob(0, 0, 0.18, 3)
+    apart, width, height = vary(0.44, 0.54), vary(0.27, 0.38), vary(0.65, 0.9)
+    sides = [np.abs(x - side * (apart + 0.15 * y)) / width for side in (-1, 1)]  # lungs spread downwards
+    lungs = sum(inside(1 - side**2.5 - (np.abs(y + 0.1) / height) ** 3, 2) for side in sides)
+    ribs = lungs * np.cos(vary(12, 16) * (y + vary(0.2, 0.5) * np.abs(x)) + vary(0, 6.3))
+    heart = blob(vary(0.1, 0.2), vary(0.2, 0.35), vary(0.28, 0.42), vary(0.3, 0.42))
+    vessels = sum(  # beside the heart, and easily taken for an opacity
+        vary(0, 0.35) * blob(side * vary(0.25, 0.5), vary(-0.25, 0.35), vary(0.08, 0.2), vary(0.12, 0.3))
+        for side in (-1, 1)
+    )
+    opacity = vary(0.26, 0.75) * blob(either_side() * vary(0.3, 0.6), vary(-0.5, 0.45), vary(0.18, 0.5), vary(0.2, 0.6))
+    for _ in range(3):
+        density = (vary(0, 1) < 0.6) * vary(0.1, 0.5)
+        opacity += density * blob(either_side() * vary(0.3, 0.65), vary(-0.6, 0.5), vary(0.15, 0.45), vary(0.15, 0.5))
+    opacity *= labels[:, None, None]
+
+    air = lungs * (1 - np.clip(0.9 * heart + vessels + opacity, 0, 1))
+    image = 0.15 + body * (0.5 + 0.12 * spine - vary(0.3, 0.48) * air + vary(0.02, 0.06) * ribs)
+    image = image * vary(0.75, 1.15) + vary(-0.05, 0.12) + rng.normal(0, 0.02, image.shape)  # exposure and noise
+    return np.uint8(np.clip(image, 0, 1) * 255)
+
+
+# ---------------------------------------------------------------- the split and the attack
+
+
+@dataclass(frozen=True)
+class Share:
+    """One client's part of the training split: image numbers it trains on, those it validates on, and whether
+    it is malicious."""
+
+    train: NDArray[np.int64]
+    validation: NDArray[np.int64]
+    malicious: bool
+
+
+def partition_iid(n: int, clients: int, rng: np.random.Generator) -> list[NDArray[np.int64]]:
+    """Image numbers 0 .. n-1 dealt at random to `clients`: disjoint, all of them used, sizes differ by 1 at most."""
+    if not 1 <= clients <= n // 2:
+        raise ValueError(
+            f"{clients} clients can't share {n} images: each needs one to train and one to validate on; "
+            f"use 1 to {n // 2} clients"
+        )
+    return np.array_split(rng.permutation(n), clients)
+
+
+def flip_labels(labels: Labels, fraction: float, rng: np.random.Generator) -> Labels:
+    """Labels with a random `fraction` (0 to 1) of them flipped, normal to pneumonia and back."""
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"share of flipped labels {fraction} must be at least 0 and at most 1")
+    flipped = labels.copy()
+    chosen = rng.choice(len(labels), round(fraction * len(labels)), replace=False)
+    flipped[chosen] = 1 - flipped[chosen]
+    return flipped
+
+
+# name -> attack(labels [n], fraction, rng) -> labels [n]: what a malicious client does to its own labels.
+ATTACKS: dict[str, Callable[[Labels, float, np.random.Generator], Labels]] = {"label_flip": flip_labels}
+
+
+def malicious_count(clients: int, fraction: float) -> int:
+    """How many of the clients are malicious; ValueError unless they stay a minority."""
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"malicious fraction {fraction} must be at least 0 and below 0.5")
+    count = round(fraction * clients)
+    if fraction >= 0.5 or count * 2 >= clients:
+        raise ValueError(
+            f"malicious fraction {fraction} makes {count} of {clients} clients malicious; it must stay below half"
+        )
+    return count
+
+
+def share_out(
+    labels: Labels, clients: int, malicious: float, seed: int, attack: str = "label_flip", flip: float = 1.0
+) -> tuple[list[Share], Labels]:
+    """Deal the training images to the clients and let the malicious ones attack their labels.
+
+    `malicious` is the fraction of malicious clients, `flip` the share of labels that each of them changes,
+    validation included. An attack that is not in ATTACKS leaves the labels alone. Returns one Share a client and
+    the labels [n] as the clients see them. The same seed gives the same split whatever the attack.
+    """
+    rng = np.random.default_rng([seed, 0])
+    parts = partition_iid(len(labels), clients, rng)
+    bad = set(rng.permutation(clients)[: malicious_count(clients, malicious)].tolist())
+    seen = labels.copy()
+    shares = []
+    for client, part in enumerate(parts):
+        held_out = max(1, int(VALIDATION * len(part)))
+        shares.append(Share(part[held_out:], part[:held_out], client in bad))
+        if client in bad and attack in ATTACKS:
+            seen[part] = ATTACKS[attack](labels[part], flip, rng)
+    return shares, seen
+
+
+# ---------------------------------------------------------------- the paper's conversion to PNG files
+
+
+def write_png(dataset: Dataset, shares: list[Share], labels: Labels, folder: Path) -> int:
+    """Write every training image to folder/client-03/pneumonia/00042.png, lossless; returns how many.
+
+    The label's folder is the label as the client sees it, the file's name is the image's number.
+    """
+    from PIL import Image
+
+    for client, share in enumerate(shares):
+        for name in LABELS:
+            (folder / f"client-{client:02d}" / name).mkdir(parents=True, exist_ok=True)
+        for number in np.concatenate([share.train, share.validation]):
+            path = folder / f"client-{client:02d}" / LABELS[labels[number]] / f"{number:05d}.png"
+            Image.fromarray(dataset.train_images[number]).save(path)
+    return sum(len(share.train) + len(share.validation) for share in shares)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Write the clients' training images as PNG files.")
+    parser.error = lambda message: parser.exit(2, f"data.py: {message}\n")
+    parser.add_argument("--png", metavar="DIR", type=Path, required=True, help="a new folder for the images")
+    parser.add_argument("--dataset", choices=DATASETS, default="auto", help="default: %(default)s")
+    parser.add_argument("--data-root", metavar="DIR", help=f"folder of {FILE} (default: MADSIM_DATA, else medmnist's)")
+    parser.add_argument("--clients", type=int, default=10, help="default: %(default)s")
+    parser.add_argument("--malicious", type=float, default=0.2, help="fraction of clients (default: %(default)s)")
+    parser.add_argument("--flip", type=float, default=1.0, help="share of labels they flip (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    args = parser.parse_args(argv)
+    try:
+        dataset = load(args.dataset, args.data_root)
+        shares, labels = share_out(dataset.train_labels, args.clients, args.malicious, args.seed, flip=args.flip)
+        args.png.mkdir(parents=True)
+        count = write_png(dataset, shares, labels, args.png)
+    except FileExistsError:
+        parser.error(f"{args.png} exists; name a new folder")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    if dataset.note:
+        print(f"phantom images: {dataset.note}", file=sys.stderr)
+    print(f"{count} {dataset.name} images of {args.clients} clients in {args.png}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

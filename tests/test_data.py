@@ -1,0 +1,220 @@
+"""data.py: the data sets, the split, the label attack, the PNG files."""
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import data
+
+
+@given(st.integers(2, 400), st.data())
+def test_the_split_is_disjoint_and_uses_every_image(n, draws):
+    clients = draws.draw(st.integers(1, n // 2))
+    parts = data.partition_iid(n, clients, np.random.default_rng(0))
+    assert len(parts) == clients
+    assert sorted(np.concatenate(parts)) == list(range(n))
+    assert {len(part) for part in parts} <= {n // clients, -(-n // clients)}
+
+
+def test_the_papers_split():
+    shares, _ = data.share_out(np.zeros(4708, int), clients=10, malicious=0.2, seed=0)
+    sizes = [(len(share.train), len(share.validation)) for share in shares]
+    assert sorted(sizes) == [(423, 47)] * 2 + [(424, 47)] * 8  # 470 or 471 images, 10 % of them held out
+    assert sum(share.malicious for share in shares) == 2
+    everything = np.concatenate([part for share in shares for part in (share.train, share.validation)])
+    assert sorted(everything) == list(range(4708))
+
+
+def test_every_client_can_train_and_validate_even_with_two_images():
+    shares, _ = data.share_out(np.zeros(20, int), clients=10, malicious=0.0, seed=0)
+    assert {(len(share.train), len(share.validation)) for share in shares} == {(1, 1)}
+
+
+@pytest.mark.parametrize("clients", [0, -1, 11, 4708])
+def test_more_clients_than_images_are_refused(clients):
+    with pytest.raises(ValueError, match=rf"{clients} clients can't share 20 images.*use 1 to 10"):
+        data.partition_iid(20, clients, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize(("clients", "fraction", "count"), [(10, 0.6, 6), (10, 0.5, 5), (4, 0.45, 2), (1, 0.9, 1)])
+def test_malicious_clients_must_stay_a_minority(clients, fraction, count):
+    with pytest.raises(ValueError, match=f"fraction {fraction} makes {count} of {clients} clients malicious"):
+        data.malicious_count(clients, fraction)
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.5, float("nan")])
+def test_fractions_outside_their_range_are_refused(fraction):
+    with pytest.raises(ValueError, match=f"malicious fraction {fraction} must be"):
+        data.malicious_count(10, fraction)
+    with pytest.raises(ValueError, match=f"flipped labels {fraction} must be"):
+        data.flip_labels(np.array([0, 1]), fraction, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize(("clients", "fraction", "count"), [(10, 0.2, 2), (10, 0.0, 0), (1, 0.2, 0), (5, 0.4, 2)])
+def test_how_many_are_malicious(clients, fraction, count):
+    assert data.malicious_count(clients, fraction) == count
+
+
+def test_flipped_labels_by_hand():
+    labels = np.array([0, 1, 1, 0, 1])
+    rng = np.random.default_rng(0)
+    assert data.flip_labels(labels, 1.0, rng).tolist() == [1, 0, 0, 1, 0]
+    assert data.flip_labels(labels, 0.0, rng).tolist() == labels.tolist()
+    assert (data.flip_labels(labels, 0.4, rng) != labels).sum() == 2
+    assert labels.tolist() == [0, 1, 1, 0, 1]  # a copy was flipped
+
+
+def test_an_attacker_flips_its_whole_share_and_nobody_else_any():
+    labels = np.random.default_rng(3).integers(0, 2, 200)
+    shares, seen = data.share_out(labels, clients=5, malicious=0.4, seed=1)
+    for share in shares:
+        own = np.concatenate([share.train, share.validation])
+        assert ((seen[own] != labels[own]) == share.malicious).all()
+
+
+def test_the_attack_does_not_move_the_split():
+    labels = np.random.default_rng(3).integers(0, 2, 200)
+    honest, _ = data.share_out(labels, 5, 0.0, seed=1)
+    attacked, _ = data.share_out(labels, 5, 0.4, seed=1, flip=0.3)
+    other_seed, _ = data.share_out(labels, 5, 0.0, seed=2)
+    assert all((a.train == b.train).all() for a, b in zip(honest, attacked))
+    assert any((a.train != b.train).any() for a, b in zip(honest, other_seed))
+
+
+# ---------------------------------------------------------------- the phantom
+
+
+def test_the_phantom_has_the_real_sets_shape_and_class_shares(phantom):
+    assert phantom.name == "phantom" and phantom.note == ""
+    assert phantom.train_images.shape == (4708, 28, 28) and phantom.test_images.shape == (624, 28, 28)
+    assert phantom.train_images.dtype == np.uint8
+    assert np.bincount(phantom.train_labels).tolist() == [1214, 3494]
+    assert np.bincount(phantom.test_labels).tolist() == [234, 390]
+
+
+def test_the_phantom_is_made_from_its_seed_in_under_two_seconds():
+    start = time.perf_counter()
+    first, again, other = data.phantom(0), data.phantom(0), data.phantom(1)
+    assert time.perf_counter() - start < 6
+    assert first.md5 == again.md5 and (first.train_images == again.train_images).all()
+    assert first.md5 != other.md5
+
+
+def test_logistic_regression_is_no_match_for_the_phantom(phantom):
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    flat = [images.reshape(len(images), -1) for images in (phantom.train_images, phantom.test_images)]
+    linear = make_pipeline(StandardScaler(), LogisticRegression(C=1e-3, max_iter=500))
+    assert linear.fit(flat[0], phantom.train_labels).score(flat[1], phantom.test_labels) < 0.90
+
+
+# ---------------------------------------------------------------- PneumoniaMNIST
+
+
+def test_the_real_data_set(real):
+    assert (real.name, real.md5) == ("PneumoniaMNIST", data.MD5)
+    assert real.train_images.shape == (4708, 28, 28) and real.train_images.dtype == np.uint8
+    assert np.bincount(real.train_labels).tolist() == [1214, 3494]
+    assert np.bincount(real.test_labels).tolist() == [234, 390]
+
+
+def test_medmnist_names_the_file_and_its_md5_as_we_do():
+    from medmnist import INFO
+
+    assert INFO["pneumoniamnist"]["MD5"] == data.MD5
+    assert INFO["pneumoniamnist"]["label"] == dict(zip("01", data.LABELS))
+
+
+def test_the_environment_variable_names_the_folder(real_root, monkeypatch):
+    monkeypatch.setenv("MADSIM_DATA", str(real_root))
+    assert data.load("auto").name == "PneumoniaMNIST"
+
+
+def test_a_pickled_object_is_never_loaded(tmp_path, monkeypatch):
+    """A file that would run code if it were unpickled, even one with the right MD5."""
+
+    class Bomb:
+        def __reduce__(self):
+            return (exec, ("raise SystemExit('unpickled')",))
+
+    np.savez(tmp_path / data.FILE, train_images=np.array([Bomb()], object))
+    with pytest.raises(ValueError, match=rf"MD5 .* PneumoniaMNIST has {data.MD5}.*delete the file"):
+        data.load("auto", tmp_path)
+    monkeypatch.setattr(data, "MD5", data.hashlib.md5((tmp_path / data.FILE).read_bytes()).hexdigest())
+    with pytest.raises(ValueError, match="allow_pickle=False"):
+        data.load("auto", tmp_path)
+
+
+@pytest.mark.parametrize("dataset", ["auto", "pneumoniamnist"])
+def test_a_damaged_file_is_refused_by_auto_too(dataset, tmp_path):
+    (tmp_path / data.FILE).write_text("this is no npz")
+    with pytest.raises(ValueError, match=r"has MD5 .* delete the file to download it afresh"):
+        data.load(dataset, tmp_path)
+
+
+def fetcher(monkeypatch, program: str, seconds: float = 30) -> None:
+    """Have download() run this program, given the folder, in place of medmnist."""
+    run = data.subprocess.run
+    monkeypatch.setattr(data, "DOWNLOAD_SECONDS", seconds)
+    monkeypatch.setattr(
+        data.subprocess, "run", lambda command, **options: run([*command[:2], program, *command[3:]], **options)
+    )
+
+
+def test_a_download_that_hangs_is_given_up(tmp_path, monkeypatch):
+    fetcher(monkeypatch, "import time; time.sleep(60)", seconds=0.5)
+    start = time.perf_counter()
+    fallen_back = data.load("auto", tmp_path)
+    assert time.perf_counter() - start < 20
+    assert fallen_back.name == "phantom"
+    assert "no answer within 0.5 s" in fallen_back.note
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_named_data_set_never_falls_back(tmp_path, monkeypatch):
+    fetcher(monkeypatch, "raise OSError('the network is down')")
+    with pytest.raises(FileNotFoundError, match=r"absent .*the network is down.*--data-root or MADSIM_DATA"):
+        data.load("pneumoniamnist", tmp_path)
+
+
+def test_a_download_is_put_in_place_and_read(real_root, tmp_path, monkeypatch):
+    source = str(real_root / data.FILE)
+    fetcher(monkeypatch, f"import shutil, sys; shutil.copy({source!r}, sys.argv[1])")
+    assert data.load("auto", tmp_path / "new" / "folder").md5 == data.MD5
+    assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == [data.FILE]
+
+
+def test_an_unknown_name_lists_the_known():
+    with pytest.raises(ValueError, match="'mnist' is unknown; known: auto, pneumoniamnist, phantom"):
+        data.load("mnist")
+
+
+# ---------------------------------------------------------------- PNG files
+
+
+def test_png_files_are_lossless_and_sorted_as_the_clients_see_them(small, tmp_path):
+    shares, labels = data.share_out(small.train_labels, clients=10, malicious=0.2, seed=0)
+    assert data.write_png(small, shares, labels, tmp_path) == 400
+    seen = 0
+    for client, share in enumerate(shares):
+        for label, name in enumerate(data.LABELS):
+            for path in (tmp_path / f"client-{client:02d}" / name).iterdir():
+                number = int(path.stem)
+                assert (np.asarray(Image.open(path)) == small.train_images[number]).all()
+                assert number in np.concatenate([share.train, share.validation])
+                assert label == (small.train_labels[number] ^ share.malicious)
+                seen += 1
+    assert seen == 400
+
+
+def test_the_command_refuses_a_folder_that_exists(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        data.main(["--png", str(tmp_path), "--dataset", "phantom"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"data.py: {tmp_path} exists; name a new folder\n"

@@ -1,0 +1,340 @@
+"""The client side: the network, all clients' local training at once, attacks on what a client submits.
+
+Everything is written for one client. `train_clients` lifts it to all of them with `torch.func.vmap`
+(`method="stacked"`), or trains them one after another with `torch.optim.Adam` (`method="loop"`): the plain twin
+of the fast way, equal to it up to rounding.
+
+Shapes: C clients, S steps, B batch, P parameters, n images; ci and co channels in and out, k kernel size.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+
+HIDDEN = (64, 32)  # testbed: units of the two hidden linear layers
+DROPOUT = (0.3, 0.2)  # testbed: after each of them
+METHODS = ("stacked", "loop")
+BLOCK = 16  # ours: clients trained at once; more would not fit the processor's cache
+EVALUATION_BATCH = 512  # ours: images evaluated at once
+
+
+# ---------------------------------------------------------------- the network of one client
+
+
+def convolve_pool(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Convolution, ReLU, 2x2 max-pool of images x [B, ci, H, W]: the plain twin of `ConvolvePool`."""
+    return F.max_pool2d(F.relu(F.conv2d(x, weight, bias)), 2)
+
+
+class Network(nn.Module):
+    """The testbed's LeNet-like network of 21,166 parameters: images [B, 1, 28, 28] in [-1, 1] to logits [B, 2].
+
+    `keep` [B, 96] are the dropout factors of the two hidden layers, 0 or 1 / (1 - p); None: no dropout. They are
+    given, not drawn, so that a client's randomness depends on nothing but the seed, the round and the client.
+    """
+
+    def __init__(self, block: Callable[[Tensor, Tensor, Tensor], Tensor] = convolve_pool):
+        super().__init__()
+        self.block = block
+        self.conv1, self.conv2 = nn.Conv2d(1, 6, 5), nn.Conv2d(6, 16, 5)
+        self.hidden1, self.hidden2 = nn.Linear(256, HIDDEN[0]), nn.Linear(*HIDDEN)
+        self.output = nn.Linear(HIDDEN[1], 2)
+
+    def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        keep1, keep2 = (1, 1) if keep is None else keep.split(HIDDEN, 1)
+        x = self.block(images, self.conv1.weight, self.conv1.bias)  # [B, 6, 12, 12]
+        x = self.block(x, self.conv2.weight, self.conv2.bias)  # [B, 16, 4, 4]
+        x = self.hidden1(x.flatten(1)) * keep1  # [B, 64]; the testbed has no activation after its linear layers
+        x = self.hidden2(x) * keep2  # [B, 32]
+        return self.output(x)  # [B, 2]
+
+
+def initial_weights(seed: int) -> Tensor:
+    """PyTorch's own initialisation of the network, determined by the seed, as one row of weights w [P]."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.utils.parameters_to_vector(Network().parameters()).detach()
+
+
+# ---------------------------------------------------------------- the fast kernel
+
+
+class ConvolvePool(torch.autograd.Function):
+    """`convolve_pool`, made for vmap: one matrix product a layer and direction, whatever the number of clients.
+
+    Pooled output (y, x) depends on the (k+1) x (k+1) patch of the input at (2y, 2x); the four convolutions that
+    it is the maximum of are four shifted kernels on that same patch. The batch is innermost in memory, so that
+    patches are copied in runs. A tie in a pooling window gives the whole gradient to its first element in reading
+    order, as `F.max_pool2d` does: X-rays have flat black areas where whole windows tie.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor):
+        co, ci, k, _ = weight.shape
+        x = x.permute(1, 2, 3, 0)  # [ci, H, W, B]
+        patches = x.unfold(1, k + 1, 2).unfold(2, k + 1, 2).permute(0, 4, 5, 1, 2, 3)  # [ci, k+1, k+1, h, w, B]
+        h, w, B = patches.shape[3:]
+        patches = patches.reshape(ci * (k + 1) ** 2, h * w * B)
+        shifts = F.pad(weight, (1, 1, 1, 1)).unfold(2, k + 1, 1).unfold(3, k + 1, 1)  # [co, ci, 2, 2, k+1, k+1]
+        kernels = shifts.permute(2, 3, 0, 1, 4, 5).reshape(4 * co, ci * (k + 1) ** 2)
+        z = torch.mm(kernels, patches).view(4, co, h, w, B)  # the window's elements, last to first in reading order
+        peak = torch.maximum(torch.maximum(z[0], z[1]), torch.maximum(z[2], z[3]))  # [co, h, w, B]
+        pooled = torch.relu(peak + bias[:, None, None, None])  # max(z) + b = max(z + b)
+        return pooled.permute(3, 0, 1, 2), patches, kernels, z, peak
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(inputs[1], *output)
+
+    @staticmethod
+    @torch.no_grad()
+    def backward(ctx, grad: Tensor, *_):
+        weight, pooled, patches, kernels, z, peak = ctx.saved_tensors
+        co, ci, k, _ = weight.shape
+        h, w, B = z.shape[2:]
+        left = torch.ops.aten.threshold_backward(grad, pooled, 0).permute(1, 2, 3, 0)  # ReLU's gradient [co, h, w, B]
+        grad_bias = left.sum((1, 2, 3))
+        parts = []
+        for element in (z[3], z[2], z[1]):  # reading order: the first element that is the maximum takes the gradient
+            parts.append(torch.ops.aten.threshold_backward(left, element - peak, -torch.finfo(z.dtype).tiny))
+            left = left - parts[-1]
+        grad_z = torch.cat([left, *parts[::-1]]).view(4 * co, h * w * B)
+        shifts = torch.mm(grad_z, patches.T).view(2, 2, co, ci, k + 1, k + 1)
+        windows = [shifts[i, j, :, :, 1 - i : 1 - i + k, 1 - j : 1 - j + k] for i in (0, 1) for j in (0, 1)]
+        grad_weight = windows[0] + windows[1] + windows[2] + windows[3]
+        if not ctx.needs_input_grad[0]:  # the first layer's input is data
+            return None, grad_weight, grad_bias
+        half = (k + 1) // 2  # every patch is half x half windows of 2 x 2 pixels; add up where they overlap
+        grad_patches = torch.mm(kernels.T, grad_z).view(ci, half, 2, half, 2, h, w, B)
+        grad_x = grad_patches.new_zeros(ci, 2, 2, h + half - 1, w + half - 1, B)
+        for i in range(half):
+            for j in range(half):
+                grad_x[:, :, :, i : i + h, j : j + w].add_(grad_patches[:, i, :, j])
+        grad_x = grad_x.permute(0, 3, 1, 4, 2, 5).reshape(ci, 2 * (h + half - 1), 2 * (w + half - 1), B)
+        return grad_x.permute(3, 0, 1, 2), grad_weight, grad_bias
+
+
+def fast_convolve_pool(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`convolve_pool` by the fast kernel; odd k and even H - k + 1 and W - k + 1, as in `Network`."""
+    return ConvolvePool.apply(x, weight, bias)[0]
+
+
+def batch_innermost(images: Tensor) -> Tensor:
+    """The same images [..., B, 1, 28, 28], laid out in memory as the fast kernel reads them."""
+    return images.movedim(-4, -1).contiguous().movedim(-1, -4)
+
+
+with torch.device("meta"):  # shapes only: the weights come with each call
+    FAST_NETWORK = Network(fast_convolve_pool)
+SHAPES = {name: parameter.shape for name, parameter in FAST_NETWORK.named_parameters()}
+
+
+def logits_of(w: Tensor, images: Tensor, keep: Tensor | None = None) -> Tensor:
+    """Logits [B, 2] of the fast network with the weights w [P]; see `Network`."""
+    parts = w.split([shape.numel() for shape in SHAPES.values()])
+    parameters = {name: part.view(SHAPES[name]) for name, part in zip(SHAPES, parts)}
+    return functional_call(FAST_NETWORK, parameters, (images, keep))
+
+
+# ---------------------------------------------------------------- local training
+
+
+def train_clients(
+    w: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    members: Sequence[np.ndarray],
+    rngs: Sequence[np.random.Generator],
+    *,
+    epochs: int = 1,
+    batch_size: int = 20,
+    lr: float = 1e-3,
+    dropout: tuple[float, float] = DROPOUT,
+    method: str = "stacked",
+) -> tuple[Tensor, Tensor]:
+    """Every client's local training from the global weights w [P]: (W [C, P], mean training loss [C] in nats).
+
+    `images` float32 [n, 1, 28, 28] in [-1, 1] and `labels` int64 [n] are those of all clients, on w's device;
+    `members[c]` are the numbers of client c's training images, `rngs[c]` draws its order and its dropout.
+    Clients may differ in size: each makes epochs * ceil(size / batch_size) steps of Adam, made afresh, the last
+    short batch of an epoch kept. `method` is "stacked" (all clients at once) or "loop" (one by one).
+    """
+    if method not in METHODS:
+        raise ValueError(f"method {method!r} is unknown; known: {', '.join(METHODS)}")
+    train = train_stacked if method == "stacked" else train_loop
+    width = BLOCK if method == "stacked" else 1
+    W, loss = [], []
+    for first in range(0, len(members), width):
+        block = slice(first, first + width)
+        batches = draw_batches(members[block], rngs[block], epochs, batch_size, dropout)
+        trained, losses = train(w, images, labels, lr, *batches)
+        W.append(trained)
+        loss.append(losses)
+    return torch.cat(W), torch.cat(loss)
+
+
+def draw_batches(
+    members: Sequence[np.ndarray],
+    rngs: Sequence[np.random.Generator],
+    epochs: int,
+    batch_size: int,
+    dropout: tuple[float, float],
+) -> tuple[np.ndarray, np.ndarray]:
+    """The clients' batches of image numbers, int64 [C, S, B], and dropout factors, float32 [C, S, B, 96].
+
+    A batch that is short, or that a client with fewer images does not have, is filled up with -1.
+    """
+    steps = [epochs * -(-len(own) // batch_size) for own in members]
+    numbers = np.full((len(members), max(steps), batch_size), -1)
+    keep = np.ones((*numbers.shape, sum(HIDDEN)), np.float32)
+    p = np.repeat(np.float32(dropout), HIDDEN)  # [96]
+    for c, (own, rng) in enumerate(zip(members, rngs)):
+        epoch_of = numbers[c, : steps[c]].reshape(epochs, -1)  # [epochs, steps an epoch * B]
+        for epoch in range(epochs):
+            epoch_of[epoch, : len(own)] = rng.permutation(own)
+        if p.any():
+            keep[c, : steps[c]] = (rng.random(keep[c, : steps[c]].shape, np.float32) >= p) / (1 - p)
+    return numbers, keep
+
+
+def batch_losses(W: Tensor, images: Tensor, labels: Tensor, share: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """The clients' cross-entropies in nats on a batch each, summed, and one by one [C].
+
+    As a client's loss depends on its own row of W [C, P] alone, the sum's gradient [C, P] holds every client's own.
+    `share` [C, B] is 1 / (batch's size), and 0 where a short batch is filled up.
+    """
+    logits = vmap(logits_of)(W, images, keep)  # [C, B, 2]
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(share) * share
+    return losses.sum(), losses.sum(1)
+
+
+@cache
+def recorded_gradients(clients: int, batch: int, device: torch.device, dtype: torch.dtype) -> Callable:
+    """The gradients [C, P] and losses [C] of `batch_losses`, recorded as plain operations for one size of batch.
+
+    vmap and autograd walk through the network in Python, which takes longer than the arithmetic. So they do it once
+    for each size, and every step replays the operations that they came to. (torch.jit is said to be deprecated;
+    without its trace the same recording runs from Python, some 20 % slower.)
+    """
+    W = torch.zeros(clients, sum(shape.numel() for shape in SHAPES.values()), device=device, dtype=dtype)
+    images = batch_innermost(W.new_zeros(clients, batch, 1, 28, 28))
+    labels = torch.zeros(clients, batch, device=device, dtype=torch.int64)
+    share, keep = W.new_zeros(clients, batch), W.new_zeros(clients, batch, sum(HIDDEN))
+    arguments = (W, images, labels, share, keep)
+    operations = make_fx(grad(batch_losses, has_aux=True))(*arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return torch.jit.trace(operations, arguments, check_trace=False)
+
+
+@torch.no_grad()
+def train_stacked(
+    w: Tensor, images: Tensor, labels: Tensor, lr: float, numbers: np.ndarray, keep: np.ndarray
+) -> tuple[Tensor, Tensor]:
+    """All clients at once: see `train_clients` and, for `numbers` and `keep`, `draw_batches`."""
+    torch.empty(8_000_000)  # once freed, 32 MB make glibc keep freed memory instead of returning it in every step
+    sizes = (numbers >= 0).sum(2)  # [C, S]
+    widths, steps = sizes.max(0), (sizes > 0).sum(1)  # [S], [C]
+    picks = torch.from_numpy(numbers.clip(0)).to(w.device)  # [C, S, B]
+    shares = torch.from_numpy((numbers >= 0) / sizes.clip(1)[..., None]).to(w)  # [C, S, B]
+    portions = torch.from_numpy(sizes / sizes.sum(1, keepdims=True)).to(w)  # [C, S]
+    keeps = torch.from_numpy(keep).to(w)  # [C, S, B, 96]
+
+    W = w.expand(len(numbers), -1).clone()  # [C, P]
+    adam = torch.optim.Adam([W], lr=lr, fused=True)
+    trained, loss = torch.empty_like(W), W.new_zeros(len(W))
+    for s, B in enumerate(widths.tolist()):
+        pick = picks[:, s, :B]
+        gradients = recorded_gradients(len(W), B, W.device, W.dtype)
+        W.grad, step_loss = gradients(W, batch_innermost(images[pick]), labels[pick], shares[:, s, :B], keeps[:, s, :B])
+        adam.step()
+        loss += step_loss * portions[:, s]
+        for c in np.flatnonzero(steps == s + 1):  # a client with fewer batches is done; its row goes on unused
+            trained[c] = W[c]
+    return trained, loss
+
+
+def train_loop(
+    w: Tensor, images: Tensor, labels: Tensor, lr: float, numbers: np.ndarray, keep: np.ndarray
+) -> tuple[Tensor, Tensor]:
+    """One client, as one would write it for itself: the plain twin of `train_stacked`; numbers [1, S, B]."""
+    with torch.device("meta"):
+        network = Network().to(w.dtype)
+    network.to_empty(device=w.device)
+    nn.utils.vector_to_parameters(w.clone(), network.parameters())
+    adam = torch.optim.Adam(network.parameters(), lr=lr)
+    loss, total = w.new_zeros(1), (numbers >= 0).sum()
+    for batch, factors in zip(numbers[0], keep[0]):
+        size = (batch >= 0).sum()
+        pick = torch.from_numpy(batch[:size]).to(w.device)
+        logits = network(images[pick], torch.from_numpy(factors[:size]).to(w))
+        batch_loss = F.cross_entropy(logits, labels[pick])
+        adam.zero_grad()
+        batch_loss.backward()
+        adam.step()
+        loss += batch_loss.detach() * (size / total)
+    return nn.utils.parameters_to_vector(network.parameters()).detach()[None], loss
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def predict(w: Tensor, images: Tensor) -> Tensor:
+    """Logits [n, 2] of the network with weights w [P] on images float32 [n, 1, 28, 28]; no dropout."""
+    return torch.cat([logits_of(w, batch_innermost(part)) for part in images.split(EVALUATION_BATCH)])
+
+
+def evaluate(w: Tensor, images: Tensor, labels: Tensor) -> dict[str, float]:
+    """Metrics of the weights w [P]: loss (cross-entropy, nats), accuracy, sensitivity (share of pneumonia found),
+    specificity (share of normal found), auc (area under the ROC curve). NaN where the logits or a class lack."""
+    from sklearn.metrics import roc_auc_score
+
+    logits = predict(w, images)
+    loss = F.cross_entropy(logits, labels).item()
+    margin, truth = (logits[:, 1] - logits[:, 0]).cpu().numpy(), labels.cpu().numpy() == 1
+    right = (margin > 0) == truth
+    both = truth.any() and not truth.all()
+    return {
+        "loss": loss,
+        "accuracy": float(right.mean()),
+        "sensitivity": float(right[truth].mean()) if truth.any() else float("nan"),
+        "specificity": float(right[~truth].mean()) if not truth.all() else float("nan"),
+        "auc": float(roc_auc_score(truth, margin)) if both and np.isfinite(margin).all() else float("nan"),
+    }
+
+
+def evaluate_shares(
+    w: Tensor, images: Tensor, labels: Tensor, shares: Sequence[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Loss (nats) and accuracy, [C] each, of the weights w [P] on each client's own images `shares[c]`."""
+    numbers = torch.from_numpy(np.concatenate(shares)).to(w.device)
+    owner, sizes = np.repeat(np.arange(len(shares)), [len(s) for s in shares]), np.array([len(s) for s in shares])
+    logits, truth = predict(w, images[numbers]), labels[numbers]
+    losses = F.cross_entropy(logits, truth, reduction="none").cpu().numpy()
+    right = ((logits[:, 1] > logits[:, 0]).long() == truth).cpu().numpy()
+    return np.bincount(owner, losses) / sizes, np.bincount(owner, right) / sizes
+
+
+# ---------------------------------------------------------------- attacks on what a client submits
+
+
+def submit_nan(W: Tensor, w: Tensor, rng: np.random.Generator) -> Tensor:
+    """A broken or crude client: NaN in every weight."""
+    return torch.full_like(W, float("nan"))
+
+
+# name -> attack(W [m, P], w [P], rng) -> [m, P]: what the m malicious clients submit instead of their trained
+# weights W, knowing the global weights w that they got.
+ATTACKS: dict[str, Callable[[Tensor, Tensor, np.random.Generator], Tensor]] = {"nan": submit_nan}

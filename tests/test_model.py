@@ -1,0 +1,295 @@
+"""model.py: the fast way against its plain twin, gradients, ties, unequal clients, devices, metrics."""
+
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.func import grad, vmap
+
+import model
+from model import METHODS, Network, convolve_pool, evaluate, evaluate_shares, fast_convolve_pool, initial_weights
+
+NO_DROPOUT = (0.0, 0.0)
+
+
+@pytest.fixture(scope="module")
+def images(phantom) -> torch.Tensor:
+    return torch.tensor(phantom.train_images[:1000]).float().div(127.5).sub(1)[:, None]
+
+
+@pytest.fixture(scope="module")
+def labels(phantom) -> torch.Tensor:
+    return torch.tensor(phantom.train_labels[:1000])
+
+
+def members(*sizes: int) -> list[np.ndarray]:
+    return np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
+
+
+def rngs(count: int, seed: int = 0) -> list[np.random.Generator]:
+    return [np.random.default_rng([seed, client]) for client in range(count)]
+
+
+def train(images, labels, sizes, method="stacked", **options):
+    w = initial_weights(0).to(images.dtype)
+    return model.train_clients(w, images, labels, members(*sizes), rngs(len(sizes)), method=method, **options)
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest relative difference of two clients' weights [C, P]."""
+    return ((a - b).norm(dim=1) / b.norm(dim=1)).max().item()
+
+
+# ---------------------------------------------------------------- the network
+
+
+def test_the_network_is_the_testbeds():
+    shapes = [tuple(p.shape) for p in Network().parameters()]
+    assert shapes == [
+        (6, 1, 5, 5), (6,), (16, 6, 5, 5), (16,), (64, 256), (64,), (32, 64), (32,), (2, 32), (2,),
+    ]  # fmt: skip
+    assert len(initial_weights(0)) == 21_166
+
+
+def test_initial_weights_come_from_the_seed_and_leave_torchs_own_generator_alone():
+    state = torch.get_rng_state()
+    assert (initial_weights(3) == initial_weights(3)).all()
+    assert (initial_weights(3) != initial_weights(4)).any()
+    assert (torch.get_rng_state() == state).all()
+
+
+def test_dropout_factors_are_zero_or_rescaled():
+    _, keep = model.draw_batches(members(400), rngs(1), epochs=1, batch_size=20, dropout=(0.3, 0.2))
+    first, second = keep[..., :64], keep[..., 64:]
+    assert set(np.unique(first)) == {0, np.float32(1 / np.float32(0.7))}
+    assert set(np.unique(second)) == {0, np.float32(1 / np.float32(0.8))}
+    assert (first == 0).mean() == pytest.approx(0.3, abs=0.01)  # 25,600 draws: 0.003 is one standard deviation
+    assert (second == 0).mean() == pytest.approx(0.2, abs=0.015)
+
+
+def test_dropout_is_applied_where_the_testbed_has_it():
+    network, x = Network(), torch.randn(3, 1, 28, 28)
+    nothing_through = network(x, torch.zeros(3, 96))
+    assert torch.allclose(nothing_through, network.output.bias.expand(3, 2))
+    assert torch.allclose(network(x, torch.ones(3, 96)), network(x))
+
+
+# ---------------------------------------------------------------- the fast kernel against the plain one
+
+
+def kernel_inputs(dtype=torch.float64, channels=(6, 16), size=12):
+    rng = torch.Generator().manual_seed(0)
+    draw = partial(torch.randn, generator=rng, dtype=dtype)
+    return draw(4, channels[0], size, size), draw(channels[1], channels[0], 5, 5), draw(channels[1])
+
+
+@pytest.mark.parametrize(("channels", "size"), [((6, 16), 12), ((1, 6), 28)])
+def test_the_fast_kernel_equals_the_plain_one(channels, size):
+    x, weight, bias = kernel_inputs(channels=channels, size=size)
+    assert torch.allclose(fast_convolve_pool(x, weight, bias), convolve_pool(x, weight, bias))
+    slope = torch.randn(4, channels[1], (size - 4) // 2, (size - 4) // 2, dtype=torch.float64)
+    fast, plain = (
+        grad(lambda *xwb, f=f: (f(*xwb) * slope).sum(), argnums=(0, 1, 2))(x, weight, bias)
+        for f in (fast_convolve_pool, convolve_pool)
+    )
+    for a, b in zip(fast, plain):
+        assert torch.allclose(a, b)
+
+
+def test_a_tie_gives_the_gradient_to_the_windows_first_element():
+    """Whole numbers, so that ties are exact: flat areas, and windows in which two or three elements tie."""
+    rng = torch.Generator().manual_seed(1)
+    x = torch.randint(-1, 2, (5, 2, 10, 10), generator=rng).double()
+    x[:, :, :7] = 1.0
+    weight = torch.randint(-1, 2, (3, 2, 5, 5), generator=rng).double()
+    z = F.conv2d(x, weight).unfold(2, 2, 2).unfold(3, 2, 2).flatten(4)
+    tied = (z == z.amax(-1, keepdim=True)).sum(-1)
+    assert {1, 2, 4} <= set(tied.flatten().tolist())
+    bias = torch.full((3,), 30.0, dtype=torch.float64)  # so that ReLU passes all
+    slope = torch.rand(5, 3, 3, 3, generator=rng, dtype=torch.float64)
+    fast, plain = (
+        grad(lambda x, f=f: (f(x, weight, bias) * slope).sum())(x) for f in (fast_convolve_pool, convolve_pool)
+    )
+    assert torch.allclose(fast, plain)
+
+
+def test_relu_passes_no_gradient_at_or_below_zero():
+    x, weight, _ = kernel_inputs()
+    low = torch.full((16,), -1e6, dtype=torch.float64)
+    gradient = grad(lambda x: fast_convolve_pool(x, weight, low).sum())(x)
+    assert (gradient == 0).all()
+
+
+def test_the_kernel_is_lifted_by_vmap():
+    x, weight, bias = (torch.stack([a, 2 * a, -a]) for a in kernel_inputs())
+    lifted = vmap(fast_convolve_pool)(x, weight, bias)
+    for one, *args in zip(lifted, x, weight, bias):
+        assert torch.allclose(one, convolve_pool(*args))
+
+
+# ---------------------------------------------------------------- local training
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.float64, 1e-12)])
+def test_all_at_once_equals_one_by_one(images, labels, dtype, bound):
+    """An epoch of three clients of unequal size: 61 images are 4 batches, the last one of a single image."""
+    sizes = (100, 61, 80)
+    both = [train(images.to(dtype), labels, sizes, m, dropout=NO_DROPOUT) for m in METHODS]
+    assert relative(both[0][0], both[1][0]) < bound
+    assert both[0][1] == pytest.approx(both[1][1].numpy(), rel=bound)
+
+
+def test_dropout_and_more_epochs_do_not_part_the_two_ways(images, labels):
+    sizes = (45, 100, 20)
+    both = [train(images.double(), labels, sizes, m, epochs=3, batch_size=20, lr=3e-3) for m in METHODS]
+    assert relative(both[0][0], both[1][0]) < 1e-10
+
+
+def test_training_equals_torchs_own_loop(images, labels):
+    """One client, without our batches: every image in one step, then by hand."""
+    network = Network().double()
+    torch.nn.utils.vector_to_parameters(initial_weights(0).double(), network.parameters())
+    adam = torch.optim.Adam(network.parameters(), lr=1e-3)
+    for _ in range(3):
+        loss = F.cross_entropy(network(images[:50].double()), labels[:50])
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    expected = torch.nn.utils.parameters_to_vector(network.parameters()).detach()[None]
+    trained, _ = train(images.double(), labels, (50,), epochs=3, batch_size=50, dropout=NO_DROPOUT)
+    assert relative(trained, expected) < 1e-10
+
+
+def test_training_learns_and_a_rate_of_zero_does_not(images, labels):
+    w = initial_weights(0)
+    trained, loss = train(images, labels, (500,), epochs=5)
+    before, after = (F.cross_entropy(model.predict(v, images[:500]), labels[:500]) for v in (w, trained[0]))
+    assert after < 0.8 * before
+    assert loss[0] < before
+    still, first_loss = train(images, labels, (500,), lr=0.0, dropout=NO_DROPOUT)
+    assert (still[0] == w).all()
+    assert first_loss[0] == pytest.approx(before.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_client_does_not_depend_on_who_else_trains(images, labels, method):
+    w, own, others = initial_weights(0), members(60, 40, 80), [np.arange(300, 345), np.arange(500, 620)]
+    alone, _ = model.train_clients(w, images, labels, own[1:2], rngs(3)[1:2], method=method)
+    among, _ = model.train_clients(w, images, labels, [others[0], own[1], others[1]], rngs(3), method=method)
+    assert relative(alone, among[1:2]) < 1e-5
+
+
+def test_blocks_of_clients_change_nothing(images, labels, monkeypatch):
+    sizes = (30, 45, 20, 60, 25)
+    whole, loss = train(images.double(), labels, sizes)
+    monkeypatch.setattr(model, "BLOCK", 2)
+    blocks, loss_of_blocks = train(images.double(), labels, sizes)
+    assert relative(blocks, whole) < 1e-12
+    assert loss_of_blocks == pytest.approx(loss.numpy())
+
+
+def test_every_image_is_used_once_an_epoch():
+    own = members(61, 40)
+    numbers, _ = model.draw_batches(own, rngs(2), epochs=2, batch_size=20, dropout=NO_DROPOUT)
+    assert numbers.shape == (2, 8, 20)  # 4 batches an epoch for 61 images
+    for client, images in enumerate(own):
+        drawn = numbers[client][numbers[client] >= 0]
+        assert sorted(drawn) == sorted([*images, *images])
+    assert (numbers[0, 3] >= 0).sum() == 1  # the short last batch is kept
+    assert (numbers[1, 4:] == -1).all()  # the smaller client has no more
+    assert (numbers[0, :4] != numbers[0, 4:]).any()  # every epoch in an order of its own
+
+
+def test_an_unknown_method_lists_the_known(images, labels):
+    with pytest.raises(ValueError, match="'fast' is unknown; known: stacked, loop"):
+        train(images, labels, (20,), "fast")
+
+
+# ---------------------------------------------------------------- devices
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_tensor_strays_from_the_device(method, monkeypatch):
+    """On the device `meta`, whose tensors have a shape but no memory, and fail where they meet another device's.
+
+    (A pretended cuda device will not do: PyTorch's autograd asks for a real one in a build with CUDA.) The fused
+    Adam does not know the device, so the plain one stands in.
+    """
+    adam = torch.optim.Adam
+    monkeypatch.setattr(torch.optim, "Adam", lambda parameters, lr, fused=False: adam(parameters, lr=lr))
+    device = torch.device("meta")
+    w, images = torch.zeros(21_166, device=device), torch.zeros(200, 1, 28, 28, device=device)
+    labels = torch.zeros(200, dtype=torch.int64, device=device)
+    W, loss = model.train_clients(w, images, labels, members(50, 70), rngs(2), method=method)
+    logits = model.predict(W[0], images)
+    assert {W.device, loss.device, logits.device} == {device}
+    assert (W.shape, loss.shape, logits.shape) == ((2, 21_166), (2,), (200, 2))
+
+
+def test_a_stray_tensor_would_be_caught():
+    """The negative control of the test above: weights, images or labels left on the processor."""
+    w, images = torch.zeros(21_166, device="meta"), torch.zeros(50, 1, 28, 28, device="meta")
+    labels = torch.zeros(50, dtype=torch.int64, device="meta")
+    for stray in range(3):
+        arguments = [torch.zeros_like(t, device="cpu") if i == stray else t for i, t in enumerate((w, images, labels))]
+        with pytest.raises(RuntimeError):
+            model.train_clients(*arguments, members(50), rngs(1), method="loop")
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def constant_network(bias: tuple[float, float]) -> torch.Tensor:
+    """Weights that answer `bias` whatever the image."""
+    w = torch.zeros(21_166)
+    w[-2:] = torch.tensor(bias)
+    return w
+
+
+def test_metrics_by_hand(images):
+    labels = torch.tensor([1, 1, 1, 0])
+    metrics = evaluate(constant_network((0.0, math.log(3))), images[:4], labels)  # says: pneumonia with 3/4
+    assert metrics == {
+        "loss": pytest.approx(-(3 * math.log(0.75) + math.log(0.25)) / 4, rel=1e-6),
+        "accuracy": 0.75, "sensitivity": 1.0, "specificity": 0.0, "auc": 0.5,
+    }  # fmt: skip
+    assert evaluate(constant_network((1.0, 0.0)), images[:4], labels)["accuracy"] == 0.25
+
+
+def test_metrics_of_a_ranking(images, monkeypatch):
+    margins = torch.tensor([-2.0, -1.0, 0.5, 1.0, 3.0])
+    monkeypatch.setattr(model, "predict", lambda w, images: torch.stack([-margins / 2, margins / 2], 1))
+    metrics = evaluate(None, images[:5], torch.tensor([0, 1, 0, 1, 1]))
+    assert metrics["accuracy"] == pytest.approx(3 / 5)
+    assert metrics["sensitivity"] == pytest.approx(2 / 3)
+    assert metrics["specificity"] == pytest.approx(1 / 2)
+    assert metrics["auc"] == pytest.approx(5 / 6)  # of 6 pairs only pneumonia at -1 against normal at 0.5 is wrong
+
+
+def test_metrics_that_can_not_be_had_are_nan(images):
+    one_class = evaluate(constant_network((0.0, 1.0)), images[:3], torch.ones(3, dtype=torch.int64))
+    assert math.isnan(one_class["specificity"]) and math.isnan(one_class["auc"])
+    broken = evaluate(torch.full((21_166,), math.nan), images[:4], torch.tensor([0, 1, 0, 1]))
+    assert math.isnan(broken["loss"]) and math.isnan(broken["auc"])
+
+
+def test_each_client_is_evaluated_on_its_own_images(images, labels):
+    w, shares = initial_weights(1), [np.array([5, 900, 17]), np.array([3, 4]), np.arange(100, 160)]
+    loss, accuracy = evaluate_shares(w, images, labels, shares)
+    for client, share in enumerate(shares):
+        expected = evaluate(w, images[share], labels[share])
+        assert loss[client] == pytest.approx(expected["loss"], rel=1e-5)
+        assert accuracy[client] == pytest.approx(expected["accuracy"])
+
+
+def test_predictions_do_not_depend_on_how_many_are_asked_for_at_once(images, monkeypatch):
+    w = initial_weights(2)
+    plain = Network()
+    torch.nn.utils.vector_to_parameters(w, plain.parameters())
+    expected = plain(images[:101]).detach()
+    assert torch.allclose(model.predict(w, images[:101]), expected, atol=1e-5)
+    monkeypatch.setattr(model, "EVALUATION_BATCH", 10)
+    assert torch.allclose(model.predict(w, images[:101]), expected, atol=1e-5)

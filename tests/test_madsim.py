@@ -1,0 +1,408 @@
+"""madsim.py: whole runs, what they leave behind, the command line and its refusals."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import data
+import madsim
+from madsim import Config, jump, main, run_name, simulate, summarise
+from trust import PRESETS
+
+HERE = Path(__file__).resolve().parents[1]
+
+ROUNDS_CSV = (
+    "round,loss,accuracy,honest_loss,honest_accuracy,"
+    "test_loss,test_accuracy,test_sensitivity,test_specificity,test_auc,active"
+)
+CLIENTS_CSV = "round,client,malicious,active,distance,d,reputation,trust,train_loss,loss,accuracy"
+
+
+@pytest.fixture
+def quick(small, monkeypatch):
+    """The phantom is the small one, so that a round takes a moment."""
+    monkeypatch.setattr(data, "phantom", lambda seed=0, note="": replace(small, note=note))
+
+
+def command(*arguments: str | Path, cwd: Path | None = None, **environment: str) -> subprocess.Popen:
+    """`python madsim.py ARGUMENTS` in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, HERE / "madsim.py", *arguments],
+        cwd=cwd, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------- the paper's story
+
+
+def test_without_mad_the_attack_hurts_and_with_it_the_attackers_are_gone(phantom):
+    """The negative control and the claim: FedAvg under attack, MAD from round 4, no attack."""
+    attacked, defended, peace = (
+        simulate(Config(rounds=9, **options), dataset=phantom)
+        for options in ({}, {"mad_start": 4}, {"malicious": 0.0, "mad_start": 1})
+    )
+    attackers = attacked.summary["malicious"]
+    assert len(attackers) == 2
+    assert attacked.summary["excluded"] == peace.summary["excluded"] == {}
+    assert defended.summary["excluded"] == dict.fromkeys(attackers, 4)
+    assert (attacked.rounds.active == 10).all()
+    assert defended.rounds.active.tolist() == [10] * 3 + [8] * 6
+    end = {name: run.rounds.iloc[-1] for name, run in (("attack", attacked), ("mad", defended), ("peace", peace))}
+    assert end["attack"].loss > 1.4 * end["mad"].loss
+    assert end["attack"].accuracy < end["mad"].accuracy - 0.1
+    assert end["attack"].honest_loss > end["mad"].honest_loss
+    assert abs(end["mad"].test_auc - end["peace"].test_auc) < 0.05
+
+
+def test_a_trained_federation_stays_in_the_phantoms_range(phantom):
+    run = simulate(Config(rounds=25, malicious=0.0), dataset=phantom)
+    assert 0.90 <= run.rounds.test_accuracy.tail(5).mean() <= 0.98
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_on_the_real_images_both_attackers_are_excluded_at_once(real, seed):
+    run = simulate(Config(rounds=8, mad_start=5, seed=seed), dataset=real)
+    assert run.summary["excluded"] == dict.fromkeys(run.summary["malicious"], 5)
+    before, after = run.rounds.iloc[3], run.rounds.iloc[4]
+    assert after.loss < before.loss / 2 and after.accuracy > before.accuracy + 0.1
+
+
+def test_the_testbed_preset_excludes_one_attacker_a_round_later(phantom):
+    run = simulate(Config(rounds=7, mad_start=4, settings=PRESETS["testbed"]), dataset=phantom)
+    assert run.rounds.active.tolist()[:5] == [10, 10, 10, 10, 9]
+    (first,) = (client for client, t in run.summary["excluded"].items() if t == 5)
+    assert first in run.summary["malicious"]
+    assert run.clients.trust.notna().all()  # the excluded are still trained and scored
+
+
+def test_a_client_that_submits_nan_is_out_at_once_and_named(small, tmp_path, quick, capsys):
+    code = main(["--rounds", "3", "--attack", "nan", "--dataset", "phantom", "--out", str(tmp_path)])
+    summary = json.loads((tmp_path / "nomad-rounds3-nan-phantom-s0" / "summary.json").read_text())
+    first, second = summary["malicious"]
+    assert code == 0
+    assert summary["excluded"] == {str(first): 1, str(second): 1}
+    assert summary["nonfinite"] == [first, second]
+    printed = capsys.readouterr().out
+    for client in (first, second):
+        assert f"client {client} (attacker, submitted NaN or infinity) in round 1" in printed
+    rounds = pd.read_csv(tmp_path / "nomad-rounds3-nan-phantom-s0" / "rounds.csv")
+    assert rounds.notna().all(axis=None)  # it reached neither the scores nor the average
+
+
+# ---------------------------------------------------------------- results
+
+
+def test_a_runs_folder(small, tmp_path):
+    folder = tmp_path / "a" / "run"
+    run = simulate(Config(rounds=3, mad_start=2, clients=5), folder, dataset=small)
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json", "rounds.csv", "clients.csv", "summary.json", "samples.npz",
+    }  # fmt: skip
+    texts = {name: (folder / f"{name}.csv").read_text() for name in ("rounds", "clients")}
+    assert texts["rounds"].splitlines()[0] == ROUNDS_CSV
+    assert texts["clients"].splitlines()[0] == CLIENTS_CSV
+    for name, text in texts.items():
+        assert "nan" not in text  # an absent value is an empty field
+        pd.testing.assert_frame_equal(pd.read_csv(folder / f"{name}.csv"), getattr(run, name), check_dtype=False)
+    assert len(run.rounds) == 3 and len(run.clients) == 15
+    assert run.clients.active.isin([0, 1]).all() and run.clients.malicious.isin([0, 1]).all()
+    assert json.loads((folder / "summary.json").read_text())["complete"] is True
+    with np.load(folder / "samples.npz", allow_pickle=False) as samples:
+        assert samples["labels"].tolist() == [0, 0, 1, 1] and samples["images"].shape == (4, 28, 28)
+
+
+def test_config_json_holds_what_is_needed_to_run_it_again(small, tmp_path):
+    config = Config(rounds=1, lr=0.002, clients=4, threads=1)
+    simulate(config, tmp_path / "run", dataset=replace(small, note="no network"))
+    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    fields = {name: written[name] for name in Config.__dataclass_fields__}
+    fields["settings"] = type(config.settings)(**fields["settings"])
+    assert Config(**fields) == config
+    assert written["data"] == {"name": "phantom", "md5": small.md5, "note": "no network"}
+    assert written["machine"] == {"device": "cpu", "threads": 1}
+    assert set(written["versions"]) >= {"python", "numpy", "torch", "scikit-learn"}
+    assert set(written["git"]) == {"commit", "dirty"}
+    assert written["command"]
+
+
+def test_the_rounds_are_the_means_of_the_clients(small):
+    run = simulate(Config(rounds=4, mad_start=2), dataset=small)
+    for row in run.rounds.itertuples():
+        clients = run.clients[run.clients["round"] == row.round]
+        for column, who in (("", clients.active == 1), ("honest_", clients.malicious == 0)):
+            assert getattr(row, f"{column}loss") == pytest.approx(clients.loss[who].mean(), rel=1e-5)
+            assert getattr(row, f"{column}accuracy") == pytest.approx(clients.accuracy[who].mean(), rel=1e-5)
+        assert row.active == clients.active.sum()
+    gone = run.clients[run.clients.groupby("client").active.shift() == 0]
+    assert gone[["distance", "train_loss"]].isna().all(axis=None)
+    assert run.clients[["loss", "accuracy"]].notna().all(axis=None)  # every client is evaluated, the excluded too
+
+
+def test_one_seed_gives_the_same_bytes_and_another_does_not(small, tmp_path):
+    for name, seed in (("one", 0), ("again", 0), ("other", 1)):
+        simulate(Config(rounds=3, mad_start=2, seed=seed), tmp_path / name, dataset=small)
+    for file in ("rounds.csv", "clients.csv"):
+        one, again, other = ((tmp_path / name / file).read_bytes() for name in ("one", "again", "other"))
+        assert one == again != other
+
+
+def test_a_loop_gives_what_stacked_training_gives(small):
+    stacked, loop = (simulate(Config(rounds=2, method=method), dataset=small) for method in ("stacked", "loop"))
+    pd.testing.assert_frame_equal(stacked.rounds, loop.rounds, rtol=1e-3)
+
+
+def story() -> pd.DataFrame:
+    """Three clients over three rounds: 1 (malicious) is excluded in round 2, 2 (honest) in round 3 for NaN."""
+    rows = [
+        # round, client, malicious, active, distance, loss, accuracy
+        (1, 0, 0, 1, 0.1, 0.5, 0.8), (1, 1, 1, 1, 0.9, 2.0, 0.2), (1, 2, 0, 1, 0.1, 0.7, 0.7),
+        (2, 0, 0, 1, 0.1, 0.4, 0.9), (2, 1, 1, 0, 0.9, 2.5, 0.1), (2, 2, 0, 1, 0.1, 0.4, 0.8),
+        (3, 0, 0, 1, 0.1, 0.3, 0.9), (3, 1, 1, 0, np.nan, 3.0, 0.1), (3, 2, 0, 0, np.nan, 0.3, 0.9),
+    ]  # fmt: skip
+    return pd.DataFrame(rows, columns=["round", "client", "malicious", "active", "distance", "loss", "accuracy"])
+
+
+def test_a_summary_by_hand():
+    rounds = pd.DataFrame({"round": [1, 2, 3], "loss": [1.0, 0.4, 0.3], "test_auc": [0.5, 0.6, 0.7]})
+    summary = summarise(rounds, story(), mad_start=1)
+    assert summary["excluded"] == {1: 2, 2: 3}
+    assert (summary["malicious"], summary["nonfinite"]) == ([1], [2])
+    assert (summary["true_exclusions"], summary["false_exclusions"]) == (1, 1)
+    assert (summary["precision"], summary["recall"], summary["rounds_to_detection"]) == (0.5, 1.0, 1)
+    assert summary["last_50"] == {"loss": 0.566667, "test_auc": 0.6}
+    assert [j["round"] for j in summary["jumps"]] == [2, 3]
+
+
+def test_a_jump_by_hand():
+    # round 1: mean loss of all 3.2 / 3, of those who stay 0.6; round 2, of those who stay: 0.4
+    change = jump(story(), 2)
+    assert change["clients"] == [1]
+    assert change["loss"] == pytest.approx(
+        {"total": 0.4 - 3.2 / 3, "composition": 0.6 - 3.2 / 3, "model": -0.2}, abs=1e-6
+    )
+    assert change["accuracy"] == pytest.approx(
+        {"total": 0.85 - 1.7 / 3, "composition": 0.75 - 1.7 / 3, "model": 0.1}, abs=1e-6
+    )
+
+
+def test_detection_of_nothing_is_not_a_number_but_null():
+    clients = story().assign(active=1)
+    summary = summarise(pd.DataFrame({"round": [1]}), clients, mad_start=1)
+    assert summary["precision"] is None and summary["recall"] == 0 and summary["rounds_to_detection"] is None
+    assert summarise(pd.DataFrame({"round": [1]}), clients.assign(malicious=0), 1)["recall"] is None
+
+
+# ---------------------------------------------------------------- several runs
+
+
+def test_names_tell_what_differs_from_the_defaults():
+    assert run_name(Config()) == "nomad-s0"
+    assert run_name(Config(mad_start=500)) == "mad500-s0"
+    assert run_name(Config(mad_start=5, rounds=40, malicious=0.0, seed=3)) == "mad5-rounds40-malicious0-s3"
+    assert run_name(Config(settings=PRESETS["testbed"])) == "nomad-testbed-s0"
+    assert run_name(Config(settings=replace(PRESETS["paper"], threshold=0.3))) == "nomad-threshold0.3-s0"
+    assert run_name(Config(threads=1, device="cpu", data_root="x")) == "nomad-s0"
+
+
+def test_several_mad_starts_and_seeds_make_several_runs(quick, tmp_path, capsys):
+    words = "--rounds 3 --mad-start 1 2 never --seeds 2 --dataset phantom --clients 4 --malicious 0.25 --jobs 2"
+    assert main([*words.split(), "--out", str(tmp_path)]) == 0
+    names = {f"{mad}-rounds3-clients4-malicious0.25-phantom-s{s}" for mad in ("mad1", "mad2", "nomad") for s in (0, 1)}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert all(json.loads((tmp_path / n / "config.json").read_text())["machine"]["threads"] == 1 for n in names)
+    assert "6 runs, 18 rounds in all" in capsys.readouterr().out
+
+
+def test_experiments_are_the_papers():
+    fig3a = madsim.experiment("fig3a", Config(), None)
+    assert [(c.rounds, c.mad_start, c.malicious) for c in fig3a] == [
+        *((100, start, 0.2) for start in (5, 20, 40, 60, 80, None)), (100, None, 0.0),
+    ]  # fmt: skip
+    assert [(c.rounds, c.mad_start) for c in madsim.experiment("fig3c", Config(), None)] == [(1000, 10), (1000, 500)]
+    assert [c.mad_start for c in madsim.experiment("fig3a", Config(), 20)[:6]] == [1, 4, 8, 12, 16, None]
+
+
+def test_each_experiment_has_a_folder_of_its_own(tmp_path):
+    args = madsim.make_parser().parse_args(["--experiment", "paper", "--out", str(tmp_path)])
+    folders = [folder for _, folder in madsim.plan(args)]
+    assert [f.parent.name for f in folders] == ["fig3a"] * 7 + ["fig3c"] * 2
+    assert len(set(folders)) == 9
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def refusal(capsys, *arguments: str | Path) -> str:
+    """The one line with which the command line refuses these arguments."""
+    with pytest.raises(SystemExit) as stop:
+        main(list(map(str, arguments)))
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("madsim: ") and captured.err.count("\n") == 1
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("--malicious 0.6", "fraction 0.6 makes 6 of 10 clients malicious; it must stay below half"),
+        ("--malicious 0.5", "makes 5 of 10"),
+        ("--malicious -0.1", "fraction -0.1 must be at least 0 and below 0.5"),
+        ("--malicious nan", "malicious fraction nan must be at least 0"),
+        ("--rounds 40 --mad-start 50", "mad_start 50 lies beyond the 40 rounds; use 1 to 40"),
+        ("--mad-start 0", "mad_start 0 must be at least 1"),
+        ("--mad-start soon", "--mad-start: invalid"),
+        ("--lr -1", "lr -1.0 must be at least 0"),
+        ("--lr nan", "lr nan must be at least 0"),
+        ("--rounds 0", "rounds 0 must be at least 1"),
+        ("--clients 0", "clients 0 must be at least 1"),
+        ("--flip 1.5", "flip 1.5 must be at least 0 and at most 1"),
+        ("--batch-size 0", "batch_size 0 must be at least 1"),
+        ("--epochs x", "--epochs: invalid int value: 'x'"),
+        ("--seed -1", "seed -1 must be at least 0"),
+        ("--seeds 0", "seeds 0 must be at least 1"),
+        ("--jobs 0", "jobs 0 must be at least 1"),
+        ("--threshold 2", "threshold 2.0 must be at least 0 and at most 1"),
+        ("--attack flipp", "'flipp' is unknown; known: label_flip, nan"),
+        ("--rule median", "invalid choice: 'median' (choose from"),
+        ("--dataset mnist", "invalid choice: 'mnist' (choose from"),
+        ("--preset x", "invalid choice: 'x' (choose from"),
+        ("--experiment fig9", "invalid choice: 'fig9' (choose from"),
+        ("--experiment fig3a --mad-start 3", "sets its own MAD starts; leave out --mad-start"),
+        ("--no-such-option", "unrecognized arguments: --no-such-option"),
+        ("--dataset phantom --clients 3000", "3000 clients can't share 4708 images"),
+        ("--rounds 10 --mad-start 3 3", None),
+    ],
+)
+def test_bad_input_gets_one_line(arguments, expected, capsys, tmp_path):
+    if expected is None:  # the same run twice is run once
+        args = madsim.make_parser().parse_args([*arguments.split(), "--out", str(tmp_path)])
+        assert len(madsim.plan(args)) == 1
+        return
+    assert expected in refusal(capsys, *arguments.split(), "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(
+    "torch" in sys.modules and sys.modules["torch"].cuda.is_available(), reason="there is a cuda device"
+)
+def test_cuda_without_a_device_is_refused(capsys, tmp_path, quick):
+    line = refusal(capsys, "--device", "cuda", "--dataset", "phantom", "--out", tmp_path / "out")
+    assert "0 usable CUDA devices; use --device cpu or auto" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_exists_is_not_overwritten_unless_asked(capsys, tmp_path, quick):
+    words = ["--rounds", "1", "--dataset", "phantom", "--out", str(tmp_path)]
+    assert main(words) == 0
+    (folder,) = tmp_path.iterdir()
+    before = (folder / "summary.json").read_bytes()
+    assert f"{folder} exists; use --overwrite to replace it" in refusal(capsys, *words)
+    assert (folder / "summary.json").read_bytes() == before
+    assert main([*words, "--overwrite"]) == 0
+    assert (folder / "summary.json").read_bytes() != before
+
+
+def test_a_folder_that_is_no_run_is_never_overwritten(capsys, tmp_path):
+    folder = tmp_path / "nomad-phantom-s0"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("dear")
+    assert "is not a run's folder" in refusal(capsys, "--dataset", "phantom", "--out", tmp_path, "--overwrite")
+    assert (folder / "thesis.txt").read_text() == "dear"
+
+
+def test_a_place_that_can_not_be_written_gets_one_line(capsys, tmp_path, quick):
+    (tmp_path / "file").write_text("")
+    line = refusal(capsys, "--rounds", "1", "--dataset", "phantom", "--out", tmp_path / "file" / "results")
+    assert str(tmp_path / "file") in line
+
+
+def test_a_damaged_data_file_gets_one_line(capsys, tmp_path):
+    (tmp_path / data.FILE).write_bytes(b"PK no npz")
+    line = refusal(capsys, "--data-root", tmp_path, "--out", tmp_path / "out")
+    assert "has MD5" in line and data.MD5 in line and "delete the file" in line
+
+
+def test_weights_that_overflow_everywhere_end_in_one_line(capsys, tmp_path, quick):
+    line = refusal(capsys, "--lr", "1e30", "--rounds", "3", "--dataset", "phantom", "--out", tmp_path)
+    assert "every client's weights are NaN or infinite" in line
+
+
+def test_the_fall_back_is_said_before_at_the_end_and_in_the_files(tmp_path, monkeypatch, capsys, quick):
+    def unreachable(root):
+        raise FileNotFoundError(f"{root}/x is absent and medmnist could not download it (no network)")
+
+    monkeypatch.setattr(data, "download", unreachable)
+    main(["--rounds", "1", "--data-root", str(tmp_path / "none"), "--out", str(tmp_path / "out")])
+    captured = capsys.readouterr()
+    assert captured.err.startswith("PHANTOM IMAGES, not PneumoniaMNIST:") and "no network" in captured.err
+    assert "phantom images" in captured.out
+    (folder,) = (tmp_path / "out").iterdir()
+    for file in ("config.json", "summary.json"):
+        assert "no network" in (folder / file).read_text()
+    named = ("--dataset", "pneumoniamnist", "--data-root", tmp_path / "none", "--out", tmp_path / "other")
+    assert "could not download it (no network)" in refusal(capsys, *named)
+
+
+def test_ctrl_c_keeps_what_was_written_and_says_so(tmp_path):
+    process = command("--rounds", "100000", "--dataset", "phantom", "--out", tmp_path)
+    rounds = tmp_path / "nomad-rounds100000-phantom-s0" / "rounds.csv"
+    deadline = time.time() + 60
+    while time.time() < deadline and not (rounds.exists() and rounds.read_text().count("\n") > 3):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    written = len(pd.read_csv(rounds))
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert f"Stopped      after round {written} of 100000; what was written is kept" in out
+    assert json.loads((rounds.parent / "summary.json").read_text())["complete"] is False
+
+
+def test_help_is_quick_and_says_where_defaults_come_from():
+    start = time.perf_counter()
+    out, _ = command("--help").communicate(timeout=60)
+    assert time.perf_counter() - start < 2  # 0.15 s where it was measured; the bound allows for a busy machine
+    for words in ("default: 1000, paper: 100 to", "--beta-trust", "--scale-floor", "Kaufman and", "default: results"):
+        assert words in out
+
+
+def test_what_is_imported_before_it_is_needed():
+    """The command line and the leaves' rule: madsim does not bring torch, trust neither torch nor scikit-learn."""
+    for module, absent in (("madsim", "torch"), ("trust", "torch"), ("trust", "sklearn"), ("data", "torch")):
+        code = f"import sys, {module}; sys.exit({absent!r} in sys.modules)"
+        assert subprocess.run([sys.executable, "-c", code], cwd=HERE).returncode == 0, (module, absent)
+
+
+def test_the_leaves_import_nothing_of_ours():
+    ours = {"madsim", "data", "model", "trust", "plot"}
+    for leaf in ("data", "model", "trust", "plot"):
+        code = f"import sys, {leaf}; print(*sys.modules)"
+        loaded = subprocess.run(
+            [sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True
+        ).stdout
+        assert ours & set(loaded.split()) == {leaf}
+
+
+def test_rows_are_written_as_the_run_goes(small, tmp_path, monkeypatch):
+    seen = []
+    evaluate = madsim.World.evaluate
+
+    def count(self, w):
+        with open(tmp_path / "run" / "rounds.csv") as file:
+            seen.append(len(list(csv.reader(file))) - 1)
+        return evaluate(self, w)
+
+    monkeypatch.setattr(madsim.World, "evaluate", count)
+    simulate(Config(rounds=4), tmp_path / "run", dataset=small)
+    assert seen == [0, 1, 2, 3]

@@ -1,0 +1,429 @@
+"""Figures from a results folder: `python plot.py results/`.
+
+Draws the paper's Fig. 2 (images) and Fig. 3 (a: loss, b: accuracy, c: honest clients' accuracy), and every run's
+reputation and trust, from whatever the runs at or below the folder have written so far. The runs that lie in one
+folder are compared in one figure.
+
+The plot functions take matplotlib Axes and leave the legend to the caller, so a notebook can use them:
+
+    figure, ax = plt.subplots()
+    plot_loss(ax, [load_run(folder) for folder in find_runs("results/fig3a")])
+    ax.legend()
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+import zipfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+    from pandas import DataFrame, Series
+
+# Okabe and Ito (2008), told apart by the colour-blind. Their yellow is left out: it is too pale for a line on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LINES = ("-", (0, (6, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (1.5, 1.2)))
+MARKERS = "^sDvoP*X"
+HONEST, ATTACKER, THRESHOLD = "#8C8C8C", "#D55E00", "#0072B2"
+
+CURVES = ("loss", "accuracy", "honest_accuracy")
+SCORES = ("reputation", "trust")
+LABELS = ("normal", "pneumonia")  # the data set's labels 0 and 1
+
+# ---------------------------------------------------------------- reading runs
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A run's folder as read. What its files lack is missing: a key of `config`, rows, or NaN in a column."""
+
+    folder: Path
+    config: dict
+    rounds: DataFrame  # "round" and CURVES; one row a round
+    clients: DataFrame  # "round", "client", "malicious", "active" and SCORES; one row a round and client
+    samples: tuple[NDArray, NDArray] | None  # images uint8 [4, 28, 28] and their labels [4]
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def attacked(self) -> bool:
+        """Whether any client is malicious, which is taken for granted where the configuration does not say."""
+        return self.config.get("malicious") != 0
+
+    @property
+    def recorded(self) -> int:
+        """The last round that was written; 0 before the first."""
+        return int(max((table["round"].max() for table in (self.rounds, self.clients) if len(table)), default=0))
+
+    @property
+    def unfinished(self) -> bool:
+        """Still going, or stopped early."""
+        return self.recorded < self.config.get("rounds", 0)
+
+    @property
+    def length(self) -> str:
+        """'100 rounds', or '37 of 100 rounds' of an unfinished run."""
+        return f"{self.recorded} of {self.config['rounds']} rounds" if self.unfinished else f"{self.recorded} rounds"
+
+    @property
+    def data(self) -> str:
+        """The data set used, and whether the phantom had to stand in for the real one."""
+        data = self.config.get("data") or {}
+        name = data.get("name") or self.config.get("dataset") or "unknown data set"
+        if name != "phantom":
+            return name
+        return "phantom images, PneumoniaMNIST was not available" if data.get("note") else "phantom images"
+
+
+def find_runs(folder: str | Path) -> list[Path]:
+    """Every folder at or below `folder` with a config.json and a rounds.csv, sorted.
+
+    Raises FileNotFoundError if `folder` is not there or holds no run.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder; give one that madsim.py has written results to")
+    runs = sorted(path.parent for path in folder.rglob("config.json") if (path.parent / "rounds.csv").is_file())
+    if not runs:
+        raise FileNotFoundError(f"{folder} holds no run, that is no folder with config.json and rounds.csv")
+    return runs
+
+
+def load_run(folder: str | Path) -> Run:
+    """Read a run's folder, complete or not. Raises ValueError if its config.json is damaged."""
+    folder = Path(folder)
+    config = json.loads((folder / "config.json").read_text())
+    if not isinstance(config, dict):
+        raise ValueError(f"expected an object, found {type(config).__name__}")
+    rounds = read_table(folder / "rounds.csv", ["round"], CURVES)
+    clients = read_table(folder / "clients.csv", ["round", "client", "malicious"], ["active", *SCORES])
+    return Run(folder, config, rounds, clients, read_samples(folder / "samples.npz"))
+
+
+def read_table(path: Path, keys: Sequence[str], values: Sequence[str]) -> DataFrame:
+    """These columns of a CSV file, as numbers. A row without all its `keys` is left out, an absent value is NaN."""
+    import pandas as pd
+
+    columns = [*keys, *values]
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    complete = text[: text.rfind("\n") + 1].strip()  # a run killed while writing leaves a torn last line
+    table = pd.read_csv(io.StringIO(complete or ",".join(columns)), index_col=False, on_bad_lines="skip")
+    table = table.reindex(columns=columns).apply(pd.to_numeric, errors="coerce").dropna(subset=list(keys))
+    return table.astype(dict.fromkeys(keys, int))
+
+
+def read_samples(path: Path) -> tuple[NDArray, NDArray] | None:
+    """The images and labels of an npz file; None if it is absent or damaged."""
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return arrays["images"], arrays["labels"]
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
+        return None
+
+
+def shortcomings(run: Run) -> str:
+    """In words, what of a run can't be drawn; empty if all of it can."""
+    columns = {name: run.rounds[name] for name in CURVES} | {name: run.clients[name] for name in ("active", *SCORES)}
+    absent = [name for name, values in columns.items() if values.isna().all()]
+    parts = [f"has {run.length}"] * run.unfinished + [f"nothing to draw of {', '.join(absent)}"] * bool(absent)
+    return "; ".join(parts)
+
+
+# ---------------------------------------------------------------- naming runs
+
+
+def strategy(run: Run) -> str:
+    """'MAD from round 5', 'never (FedAvg)' or 'no attack', and the aggregation rule if it is not FedAvg."""
+    start, rule = run.config.get("mad_start"), run.config.get("rule", "mean")
+    words = ["no attack"] * (not run.attacked) + [f"MAD from round {start}"] * (start is not None)
+    if not words:
+        return f"never ({'FedAvg' if rule == 'mean' else rule})"
+    return ", ".join(words) + (f" ({rule})" if rule != "mean" else "")
+
+
+def variants(runs: Sequence[Run]) -> list[str]:
+    """What tells each run from the others, its seed aside: its strategy and which attack, on how many."""
+    fields = ("attack", "malicious", "flip", "clients", "rounds")
+    differing = [name for name in fields if len({run.config.get(name) for run in runs if run.attacked}) > 1]
+    texts = []
+    for run in runs:
+        details = [f"{name} {run.config.get(name)}" for name in differing if run.attacked]
+        texts.append(", ".join([strategy(run), *details]))
+    # What still looks alike, say two presets of MAD, is told apart by the folder's name.
+    keys = [(text, run.config.get("seed")) for text, run in zip(texts, runs)]
+    count = Counter(keys)
+    return [f"{key[0]} ({run.name})" if count[key] > 1 else key[0] for key, run in zip(keys, runs)]
+
+
+def styles(runs: Sequence[Run]) -> list[dict]:
+    """Label, colour and line style of each run; runs that differ in the seed alone share the colour."""
+    texts, seeds = variants(runs), [run.config.get("seed") for run in runs]
+    kinds, lots = list(dict.fromkeys(texts)), list(dict.fromkeys(seeds))
+    given = []
+    for text, seed in zip(texts, seeds):
+        kind, lot = kinds.index(text), lots.index(seed)
+        label = f"{text}, seed {seed}" if len(lots) > 1 else text
+        colour, dashes = COLOURS[kind % len(COLOURS)], LINES[(kind + lot) % len(LINES)]
+        given.append({"label": label, "color": colour, "linestyle": dashes})
+    return given
+
+
+def title(subject: str, runs: Sequence[Run]) -> str:
+    """`subject`, and below it the data set, rounds and seeds of the runs."""
+    data = " and ".join(dict.fromkeys(run.data for run in runs))
+    length = " and ".join(dict.fromkeys(run.length for run in runs))
+    seeds = sorted({run.config["seed"] for run in runs if "seed" in run.config})
+    word = {0: "seed unknown", 1: "seed "}.get(len(seeds), "seeds ")
+    return f"{subject}\n{data}, {length}, {word}{', '.join(map(str, seeds))}"
+
+
+# ---------------------------------------------------------------- plotting into Axes
+
+
+def plot_loss(ax: Axes, runs: Sequence[Run]) -> None:
+    """Fig. 3(a): mean cross-entropy (nats) over the participating clients, one line a run."""
+    _plot_curve(ax, runs, "loss", "Mean loss of participating clients", "cross-entropy (nats)")
+
+
+def plot_accuracy(ax: Axes, runs: Sequence[Run]) -> None:
+    """Fig. 3(b): mean accuracy (0 to 1) of the participating clients on their own validation data, one line a run."""
+    _plot_curve(ax, runs, "accuracy", "Mean accuracy of participating clients", "accuracy (fraction correct)")
+
+
+def _plot_curve(ax: Axes, runs: Sequence[Run], column: str, subject: str, unit: str) -> None:
+    prepare(ax, title(subject, runs), unit)
+    for run, style in zip(runs, styles(runs)):
+        line(ax, run.rounds["round"], run.rounds[column], **style)
+
+
+def plot_honest_accuracy(ax: Axes, runs: Sequence[Run]) -> None:
+    """Fig. 3(c): mean accuracy (0 to 1) of the honest clients, each round light and the running mean over it strong.
+
+    The running mean does not reach across the MAD start, so that nothing rises before its cause.
+    """
+    window = max(run.recorded for run in runs) // 20 | 1
+    subject = f"Mean accuracy of honest clients: each round (light), running mean, window {window} (strong)"
+    prepare(ax, title(subject, runs), "accuracy (fraction correct)")
+    ax.set_xlabel("round (dashed vertical line: MAD start)")
+    for run, style in zip(runs, styles(runs)):
+        t, accuracy = run.rounds["round"], run.rounds["honest_accuracy"]
+        before_start = t < (run.config.get("mad_start") or 0)
+        smooth = accuracy.groupby(before_start).transform(running_mean, window)
+        line(ax, t, accuracy, color=style["color"], alpha=0.35, linewidth=0.6, zorder=1)
+        line(ax, t, smooth, **style)
+        mark_start(ax, run, color=style["color"])
+
+
+def running_mean(values: Series, window: int) -> Series:
+    """Mean over the `window` (odd) values around each value; near the ends over those there are."""
+    return values.rolling(window, center=True, min_periods=1).mean()
+
+
+def plot_score(ax: Axes, run: Run, score: str) -> None:
+    """Reputation or trust (`score`, both 0 to 1) of every client of a run over rounds; for trust also the threshold."""
+    prepare(ax, title(f"{score.capitalize()} of each client, {strategy(run)}", [run]), f"{score} (0 to 1)")
+    ax.set_ylim(-0.05, 1.05)
+    attackers = list(run.clients.loc[run.clients["malicious"] == 1, "client"].unique())
+    for client, history in run.clients.groupby("client"):
+        scored = history.dropna(subset=score)
+        if client in attackers:
+            style = attacker_style(client, attackers.index(client), len(scored))
+        else:
+            style = honest_style(client, excluded=(history["active"] == 0).any())
+        line(ax, scored["round"], scored[score], **style)
+    mark_exclusions(ax, run, score)
+    mark_start(ax, run, color="black", label=f"MAD start (round {run.config.get('mad_start')})")
+    threshold = (run.config.get("settings") or {}).get("threshold")
+    if score == "trust" and threshold is not None:
+        ax.axhline(threshold, color=THRESHOLD, linestyle=":", label=f"threshold {threshold:g}")
+
+
+def attacker_style(client: int, number: int, rounds: int) -> dict:
+    """Strong, with about ten markers over the `rounds` scored, shifted so that those of equal lines alternate."""
+    step = max(2, rounds // 10) if rounds > 1 else 1
+    return {
+        "label": f"client {client} (attacker)", "color": ATTACKER, "linestyle": LINES[1 + number % 3],
+        "marker": MARKERS[number % len(MARKERS)], "markersize": 6.5, "markeredgecolor": "white",
+        "markevery": (number * max(1, step // 3) % step, step),
+    }  # fmt: skip
+
+
+def honest_style(client: int, excluded: bool) -> dict:
+    """Quiet and alike, so that an honest client stands out only where it was excluded, by mistake."""
+    if excluded:
+        return {"label": f"client {client} (honest, excluded)", "color": HONEST, "linestyle": LINES[2]}
+    return {"label": "honest clients", "color": HONEST, "linewidth": 0.8}
+
+
+def mark_exclusions(ax: Axes, run: Run, score: str) -> None:
+    """An x where a client is averaged no more: in its first round without it, at the last score it had by then."""
+    points = []
+    for _, history in run.clients.groupby("client"):
+        first = history.loc[history["active"] == 0, "round"].min()  # NaN, so later than nothing, if it never was
+        scores = history.loc[history["round"] <= first, score].dropna()
+        points += [(first, value) for value in scores.tail(1)]
+    if points:
+        ax.plot(*zip(*points), "x", color="black", markersize=8, markeredgewidth=1.8, label="excluded")
+
+
+def mark_start(ax: Axes, run: Run, **style) -> None:
+    """A dashed vertical line where MAD starts, once the run has come that far."""
+    start = run.config.get("mad_start")
+    if start is not None and start <= run.recorded:
+        ax.axvline(start, linestyle="--", linewidth=1, zorder=1, **style)
+
+
+def plot_samples(axes: Sequence[Axes], images: NDArray, labels: NDArray) -> None:
+    """Fig. 2: a panel for each of four `images` uint8 [4, 28, 28], named by `labels` [4] (0 or 1, see LABELS)."""
+    for letter, ax, image, label in zip("abcd", axes, images, labels, strict=True):
+        ax.imshow(image, cmap="gray", vmin=0, vmax=255)
+        ax.set_title(f"({letter}) {LABELS[label]}", fontsize="medium")
+        ax.set_axis_off()
+
+
+def line(ax: Axes, x: Series, y: Series, **style) -> None:
+    """A line; a dot where there is but one point, which no line would show."""
+    ax.plot(x, y, **{"marker": "." if len(x) == 1 else None} | style)
+
+
+def prepare(ax: Axes, heading: str, unit: str) -> None:
+    """Title, axes' names and a light grid."""
+    ax.set_title(heading, fontsize="medium", loc="left")  # a long one then runs on above the legend
+    ax.set(xlabel="round", ylabel=unit)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.margins(x=0.01)
+    ax.grid(color="0.92")
+    ax.set_axisbelow(True)
+
+
+# ---------------------------------------------------------------- the figures of a folder
+
+
+def figures(runs: Sequence[Run], folder: Path) -> Iterator[tuple[Path, Figure]]:
+    """Each figure of the runs at or below `folder`, with its path below the folder of figures, without suffix."""
+
+    def experiment(run: Run) -> Path:
+        return run.folder.relative_to(folder).parent
+
+    for run in [run for run in runs if run.samples][:1]:
+        yield Path("fig2"), samples_figure(run)
+    for group, members in groupby(sorted(runs, key=experiment), key=experiment):
+        members = sorted(members, key=by_start)
+        for name, plot in zip(CURVES, (plot_loss, plot_accuracy, plot_honest_accuracy)):
+            drawable = [run for run in members if run.rounds[name].notna().any()]
+            if drawable:
+                figure, ax = new_figure()
+                plot(ax, drawable)
+                yield group / name, figure
+        for run in members:
+            if run.clients[list(SCORES)].notna().any(axis=None):
+                yield group / f"trust-{run.name}", scores_figure(run)
+
+
+def by_start(run: Run) -> tuple:
+    """Sorting key, the paper's order: from the earliest MAD start to never, then without attack."""
+    start = run.config.get("mad_start")
+    return run.config.get("malicious") == 0, start is None, start or 0, run.config.get("seed") or 0, run.name
+
+
+def new_figure(rows: int = 1, columns: int = 1, height: float = 4.2):
+    """A figure (inches) and its Axes, made without pyplot: needs no display, and is freed when done with."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, sharex=True)
+
+
+def scores_figure(run: Run) -> Figure:
+    """Reputation above trust, on one axis of rounds."""
+    figure, axes = new_figure(rows=2, height=6)
+    for ax, score in zip(axes, SCORES):
+        plot_score(ax, run, score)
+    heading = title(f"Reputation and trust of each client, {strategy(run)}", [run])
+    axes[0].set_title(heading, loc="left", fontsize="medium")
+    axes[0].set_xlabel("")
+    axes[1].set_title("", loc="left")
+    return figure
+
+
+def samples_figure(run: Run) -> Figure:
+    """Fig. 2: training images, which neither rounds nor seed change."""
+    figure, axes = new_figure(columns=4, height=2.7)
+    plot_samples(axes, *run.samples)
+    figure.suptitle(f"Training images\n{run.data}", fontsize="medium")
+    return figure
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write `path`.png, which is returned, and `path`.svg, with one legend for all Axes to their right."""
+    import matplotlib
+
+    entries = {}
+    for ax in figure.axes:
+        handles, labels = ax.get_legend_handles_labels()
+        entries |= zip(labels, handles)
+    if entries:
+        columns = -(-len(entries) // 20)  # so that it is never taller than the figure
+        figure.legend(entries.values(), entries, loc="outside right center", fontsize="small", ncols=columns)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    png, svg = (path.with_name(path.name + suffix) for suffix in (".png", ".svg"))
+    with matplotlib.rc_context({"svg.hashsalt": "madsim"}):  # and no date: equal results give equal files
+        figure.savefig(png, dpi=150)
+        figure.savefig(svg, metadata={"Date": None})
+    return png
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="plot.py", description="Draw the figures of all runs at or below a folder.")
+    parser.add_argument("folder", type=Path, help="a results folder of madsim.py, or one run's")
+    parser.add_argument("--out", type=Path, help="where figures are written (default: FOLDER/figures)")
+    args = parser.parse_args(argv)
+    out, count = args.out or args.folder / "figures", 0
+    try:
+        for name, figure in figures(load_runs(args.folder), args.folder):
+            print(save(figure, out / name))
+            count += 1
+    except OSError as error:
+        print(f"plot: {error}", file=sys.stderr)
+        return 2
+    print(f"{count} figure{'s' * (count != 1)}, each as PNG and SVG")
+    return 0
+
+
+def load_runs(folder: Path) -> list[Run]:
+    """The runs at or below `folder`, with a line on standard error for what can't be drawn of each."""
+    runs = []
+    for path in find_runs(folder):
+        try:
+            run = load_run(path)
+        except ValueError as error:
+            print(f"{path}: not drawn, its config.json is damaged ({error})", file=sys.stderr)
+            continue
+        runs.append(run)
+        if lacking := shortcomings(run):
+            print(f"{path}: {lacking}", file=sys.stderr)
+    if not any(run.samples for run in runs):
+        print(f"{folder}: no run has a readable samples.npz, so fig2 is not drawn", file=sys.stderr)
+    return runs
+
+
+if __name__ == "__main__":
+    sys.exit(main())

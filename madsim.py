@@ -16,8 +16,10 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from threading import Event, Thread
 
 import numpy as np
 
@@ -42,7 +44,7 @@ class Config:
     malicious: float = setting(0.2, "fraction of the clients that are malicious, below half", "paper")
     attack: str = setting("label_flip", "what malicious clients do", "paper")
     flip: float = setting(1.0, "share of its labels that a malicious client flips", "paper", low=0, high=1)
-    rule: str = setting("mean", "how active clients' models are aggregated", "paper", choices=tuple(RULES))
+    rule: str = setting("mean", "how active clients' models are aggregated", "paper", choices=RULES)
     epochs: int = setting(1, "local epochs a round", "testbed", low=1)
     batch_size: int = setting(20, "images a local step", "testbed", low=1)
     lr: float = setting(1e-3, "learning rate of Adam", "testbed", low=0)
@@ -101,12 +103,12 @@ class Result:
 
 
 def simulate(
-    config: Config, out: str | Path | None = None, *, dataset: data.Dataset | None = None, bar: int | None = None
+    config: Config, out: str | Path | None = None, *, dataset: data.Dataset | None = None, bar: bool = False
 ) -> Result:
     """One federated learning run. Ctrl-C ends it early, with `summary["complete"]` false.
 
     `out` is a new folder that the results are written to as the run goes (None: nothing is written), `dataset`
-    saves loading it, `bar` shows a progress bar on that line of the terminal. Raises ValueError for input that
+    saves loading it, `bar` shows a progress bar. Raises ValueError for input that
     can't be run, OSError for data or a folder that can't be had, FloatingPointError where all clients diverge.
     """
     from model import initial_weights
@@ -212,11 +214,11 @@ DIGITS = 6  # significant digits of every number written: more than float32 hold
 class Log:
     """Writes a run's folder as it goes, shows the progress bar, and keeps the rows for the `Result`."""
 
-    def __init__(self, config: Config, world: World, out: str | Path | None, bar: int | None):
+    def __init__(self, config: Config, world: World, out: str | Path | None, bar: bool):
         self.config, self.world, self.out = config, world, out and Path(out)
         self.rounds, self.clients, self.seconds, self.kept = [], [], [], []
         self.complete = False
-        self.bar_line = bar
+        self.bar_wanted = bar
 
     def __enter__(self):
         from tqdm import tqdm
@@ -229,11 +231,13 @@ class Log:
             self.files = [open(self.out / name, "w", newline="") for name in ("rounds.csv", "clients.csv")]
         self.writers = [csv.writer(file, lineterminator="\n") for file in self.files]
         self._write([ROUND_COLUMNS], [CLIENT_COLUMNS])
-        # disable=None: no bar where the output is not a terminal
         self.bar = tqdm(
-            total=self.config.rounds, unit="round", desc=run_name(self.config), position=self.bar_line,
-            disable=True if self.bar_line is None else None, dynamic_ncols=True,
-        )  # fmt: skip
+            total=self.config.rounds,
+            unit="round",
+            desc=run_name(self.config),
+            disable=None if self.bar_wanted else True,  # None: no bar where the output is not a terminal
+            dynamic_ncols=True,
+        )
         self.started = self.lap = time.perf_counter()
         return self
 
@@ -386,13 +390,40 @@ def experiment(name: str, base: Config, rounds: int | None) -> list[Config]:
 def simulate_all(runs: list[tuple[Config, Path]], dataset: data.Dataset, jobs: int) -> list[Result]:
     """The runs, given with their folders: one with all threads, several as processes with one thread each."""
     if len(runs) == 1:
-        return [simulate(*runs[0], dataset=dataset, bar=0)]
+        return [simulate(*runs[0], dataset=dataset, bar=True)]
     from joblib import Parallel, delayed
 
-    return Parallel(n_jobs=min(jobs, len(runs)))(
-        delayed(simulate)(replace(config, threads=config.threads or 1), folder, dataset=dataset, bar=line)
-        for line, (config, folder) in enumerate(runs)
-    )
+    with rounds_bar(runs):
+        return Parallel(n_jobs=min(jobs, len(runs)))(
+            delayed(simulate)(replace(config, threads=config.threads or 1), folder, dataset=dataset)
+            for config, folder in runs
+        )
+
+
+@contextmanager
+def rounds_bar(runs: list[tuple[Config, Path]]):
+    """One progress bar for runs in other processes, which tell how far they are by the rows that they have written."""
+    from tqdm import tqdm
+
+    def rows(folder: Path) -> int:
+        table = folder / "rounds.csv"
+        return max(0, table.read_bytes().count(b"\n") - 1) if table.is_file() else 0
+
+    def watch() -> None:
+        while not finished.wait(0.5):
+            bar.update(sum(rows(folder) for _, folder in runs) - bar.n)
+
+    finished = Event()
+    total = sum(config.rounds for config, _ in runs)
+    with tqdm(total=total, unit="round", desc=f"{len(runs)} runs", disable=None, dynamic_ncols=True) as bar:
+        watcher = Thread(target=watch)
+        watcher.start()
+        try:
+            yield
+            bar.update(total - bar.n)
+        finally:
+            finished.set()
+            watcher.join()
 
 
 # ---------------------------------------------------------------- the command line

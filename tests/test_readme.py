@@ -1,0 +1,97 @@
+"""Every command and every piece of Python in README.md, run as it stands there, with fewer rounds."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import data
+
+HERE = Path(__file__).resolve().parents[1]
+README = (HERE / "README.md").read_text()
+ROUNDS = 6
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    """The lines of all shell blocks, without comments."""
+    lines = (line.split("  #")[0].strip() for block in blocks("sh") for line in block.splitlines())
+    return [line for line in lines if line]
+
+
+def shortened(command: str) -> list[str]:
+    """The command's words with ROUNDS rounds, and its MAD starts at the same part of the run."""
+    words = shlex.split(command)
+    if "bench" in words[1]:
+        return [*words, "-n", "1"]
+    if words[1] != "madsim.py" or words[2:] == ["--help"]:
+        return words
+    rounds = int(words[words.index("--rounds") + 1]) if "--rounds" in words else 1000
+    if "--rounds" in words:
+        del words[words.index("--rounds") : words.index("--rounds") + 2]
+    if "--mad-start" in words:
+        first = words.index("--mad-start") + 1
+        for i in range(first, len(words)):
+            if not words[i].isdigit():
+                break
+            words[i] = str(max(1, int(words[i]) * ROUNDS // rounds))
+    return [*words, "--rounds", str(ROUNDS)]
+
+
+def test_the_readmes_commands_run(tmp_path):
+    """In order, in one folder, as a reader would; the two that set up a new machine are run whole by .ci/run."""
+    real = (Path(os.environ.get("MADSIM_DATA", Path.home() / ".medmnist")) / data.FILE).is_file()
+    seen = []
+    for command in commands():
+        command = command.split(" && ")[-1].replace(".venv/bin/", "").replace("python3 ", "python ")
+        if "-m pytest" in command:
+            continue
+        assert command.startswith("python "), command
+        words = shortened(command)
+        script = HERE / words[1]
+        seen.append(script.name)
+        if script.name in ("madsim.py", "data.py") and not real and "--dataset" not in words and "--help" not in words:
+            words += ["--dataset", "phantom"]
+        done = subprocess.run([sys.executable, script, *words[2:]], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+        assert done.stdout
+    assert {"madsim.py", "plot.py", "data.py", "bench.py"} <= set(seen)
+    figures = {path.name for path in (tmp_path / "results" / "figures").rglob("*.png")}
+    assert {"fig2.png", "loss.png", "accuracy.png", "honest_accuracy.png"} <= figures
+
+
+def test_ci_runs_the_readmes_set_up_and_test():
+    lines = [line for line in README.splitlines() if "-m pytest" in line]
+    assert len(lines) == 1 and lines[0].startswith("python3 -m venv .venv && ")
+    assert "grep -m 1 -- '-m pytest' README.md" in (HERE / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize("block", blocks("python"), ids=lambda block: block.strip().splitlines()[0][:40])
+def test_the_readmes_python_runs(block, phantom, monkeypatch):
+    import model
+    import trust
+
+    monkeypatch.setattr(data, "load", lambda *_: phantom)
+    for registry in (data.ATTACKS, model.ATTACKS, trust.RULES):  # what a block adds is taken away again
+        for name, function in list(registry.items()):
+            monkeypatch.setitem(registry, name, function)
+    names = {id(registry): set(registry) for registry in (data.ATTACKS, model.ATTACKS, trust.RULES)}
+    try:
+        exec(compile(block, "README.md", "exec"), {})
+    finally:
+        for registry in (data.ATTACKS, model.ATTACKS, trust.RULES):
+            for name in set(registry) - names[id(registry)]:
+                del registry[name]
+
+
+def test_the_readmes_figures_and_links_are_there():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if not target.startswith("http"):
+            assert (HERE / target).exists(), target

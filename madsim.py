@@ -217,8 +217,7 @@ class Log:
     def __init__(self, config: Config, world: World, out: str | Path | None, bar: bool):
         self.config, self.world, self.out = config, world, out and Path(out)
         self.rounds, self.clients, self.seconds, self.kept = [], [], [], []
-        self.complete = False
-        self.bar_wanted = bar
+        self.bar_wanted, self.summary = bar, {"complete": False}
 
     def __enter__(self):
         from tqdm import tqdm
@@ -270,9 +269,10 @@ class Log:
         self.bar.close()
         for file in self.files:
             file.close()
-        self.complete = kind is None
+        if self.rounds:
+            self.summary = without_nan(self._summary(complete=kind is None))
         if self.out and self.rounds:
-            write_json(self.out / "summary.json", self.summary())
+            write_json(self.out / "summary.json", self.summary)
         return kind is KeyboardInterrupt
 
     def frames(self):
@@ -281,17 +281,18 @@ class Log:
 
         return DataFrame(self.rounds, columns=ROUND_COLUMNS), DataFrame(self.clients, columns=CLIENT_COLUMNS)
 
-    def summary(self) -> dict:
-        seconds = {
+    def _summary(self, complete: bool) -> dict:
+        return summarise(*self.frames(), self.config.mad_start) | {
+            "kept_rounds": self.kept,
             "seconds": round(time.perf_counter() - self.started, 3),
             "seconds_per_round": round(float(np.median(self.seconds)), 4),
+            "dataset": self.world.dataset.name,
+            "note": self.world.dataset.note,
+            "complete": complete,
         }
-        about = {"dataset": self.world.dataset.name, "note": self.world.dataset.note, "complete": self.complete}
-        return summarise(*self.frames(), self.config.mad_start) | {"kept_rounds": self.kept} | seconds | about
 
     def result(self, w) -> Result:
-        summary = self.summary() if self.rounds else {"complete": False}
-        return Result(self.config, *self.frames(), summary, w.cpu().numpy())
+        return Result(self.config, *self.frames(), self.summary, w.cpu().numpy())
 
 
 def summarise(rounds, clients, mad_start: int | None) -> dict:
@@ -311,7 +312,7 @@ def summarise(rounds, clients, mad_start: int | None) -> dict:
         "precision": true / len(excluded) if excluded else None,
         "recall": true / len(malicious) if malicious else None,
         "rounds_to_detection": max(0, max(excluded[c] for c in malicious) - mad_start) if caught else None,
-        "last_50": {name: None if math.isnan(value) else rounded(value) for name, value in last_50.items()},
+        "last_50": {name: rounded(value) for name, value in last_50.items()},
         "jumps": [jump(clients, t) for t in sorted(set(excluded.values())) if t > 1],
     }
 
@@ -366,7 +367,16 @@ def describe(config: Config, world: World) -> dict:
 
 
 def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def without_nan(value):
+    """The value with None for every NaN and infinity in it, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ---------------------------------------------------------------- several runs

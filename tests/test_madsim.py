@@ -195,6 +195,11 @@ def test_a_jump_by_hand():
     )
 
 
+def test_summaries_never_hold_what_json_does_not_know():
+    summary = {"a": [float("nan"), 1.5, {"b": np.float64("inf")}], "c": "nan"}
+    assert madsim.without_nan(summary) == {"a": [None, 1.5, {"b": None}], "c": "nan"}
+
+
 def test_detection_of_nothing_is_not_a_number_but_null():
     clients = story().assign(active=1)
     summary = summarise(pd.DataFrame({"round": [1]}), clients, mad_start=1)

@@ -529,6 +529,9 @@ def main(argv: list[str] | None = None) -> int:
         results = simulate_all(runs, dataset, args.jobs)
     except (ValueError, OSError, FloatingPointError) as error:
         parser.error(str(error))
+    except KeyboardInterrupt:  # a single run ends in order by itself; here others were cut short
+        print(f"\nmadsim: stopped; what was written is kept in {args.out}", file=sys.stderr)
+        return 130
     for result, (_, folder) in zip(results, runs):
         report(result, folder)
     where = runs[0][1] if len(runs) == 1 else args.out

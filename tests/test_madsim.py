@@ -34,12 +34,10 @@ def quick(small, monkeypatch):
     monkeypatch.setattr(data, "phantom", lambda seed=0, note="": replace(small, note=note))
 
 
-def command(*arguments: str | Path, cwd: Path | None = None, **environment: str) -> subprocess.Popen:
+def command(*arguments: str | Path, **options) -> subprocess.Popen:
     """`python madsim.py ARGUMENTS` in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, HERE / "madsim.py", *arguments],
-        cwd=cwd, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    words = [sys.executable, HERE / "madsim.py", *arguments]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
 # ---------------------------------------------------------------- the paper's story
@@ -372,6 +370,20 @@ def test_ctrl_c_keeps_what_was_written_and_says_so(tmp_path):
     assert "Traceback" not in err
     assert f"Stopped      after round {written} of 100000; what was written is kept" in out
     assert json.loads((rounds.parent / "summary.json").read_text())["complete"] is False
+
+
+def test_ctrl_c_ends_several_runs_in_one_line(tmp_path):
+    words = ["--rounds", "100000", "--mad-start", "5", "never", "--dataset", "phantom", "--jobs", "2"]
+    process = command(*words, "--out", tmp_path, start_new_session=True)
+    deadline = time.time() + 90
+    while time.time() < deadline and sum(t.read_text().count("\n") > 3 for t in tmp_path.rglob("rounds.csv")) < 2:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert f"madsim: stopped; what was written is kept in {tmp_path}" in err
+    assert [len(pd.read_csv(table)) > 2 for table in tmp_path.rglob("rounds.csv")] == [True, True]
 
 
 def test_help_is_quick_and_says_where_defaults_come_from():

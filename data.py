@@ -8,6 +8,7 @@ Shapes: n images, C clients.
 import argparse
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -91,17 +92,17 @@ def download(root: Path) -> None:
     fetch = "import medmnist, sys; medmnist.PneumoniaMNIST('train', download=True, root=sys.argv[1])"
     print(f"{root / FILE} is absent: downloading it (4 MB, {DOWNLOAD_SECONDS} s at most) ...", file=sys.stderr)
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root) as unfinished:
+        with tempfile.TemporaryDirectory() as unfinished:
             command = [sys.executable, "-c", fetch, unfinished]
             subprocess.run(command, timeout=DOWNLOAD_SECONDS, check=True, capture_output=True, text=True)
-            os.replace(Path(unfinished) / FILE, root / FILE)
+            root.mkdir(parents=True, exist_ok=True)
+            shutil.move(Path(unfinished) / FILE, root / FILE)
         return
     except subprocess.TimeoutExpired:
         reason = f"no answer within {DOWNLOAD_SECONDS} s"
     except subprocess.CalledProcessError as error:
-        causes = [line for line in error.stderr.splitlines() if "Error" in line]
-        reason = causes[0].strip() if causes else "medmnist failed"
+        causes = [line for line in error.stderr.splitlines() if line.split(":")[0].endswith("Error")]
+        reason = causes[0] if causes else "medmnist failed"
     except OSError as error:
         reason = str(error)
     raise FileNotFoundError(

@@ -506,16 +506,13 @@ def plan(args: argparse.Namespace) -> list[tuple[Config, Path]]:
     return [(config, folder / run_name(config)) for config, folder in configs]
 
 
-def clear(folders: list[Path], overwrite: bool) -> None:
-    """Make sure that no folder exists, removing earlier runs if that is allowed."""
+def refuse_folders(folders: list[Path], overwrite: bool) -> None:
+    """ValueError if a run's folder exists, unless it may be replaced and is indeed a run's."""
     for folder in folders:
         if folder.exists() and not overwrite:
             raise ValueError(f"{folder} exists; use --overwrite to replace it, or another --out")
         if folder.exists() and not (folder / "config.json").is_file():
             raise ValueError(f"{folder} exists and is not a run's folder; it is not replaced")
-    for folder in folders:
-        if folder.exists():
-            shutil.rmtree(folder)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -523,8 +520,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         runs = plan(args)
-        clear([folder for _, folder in runs], args.overwrite)
+        folders = [folder for _, folder in runs]
+        refuse_folders(folders, args.overwrite)
         dataset = data.load(runs[0][0].dataset, runs[0][0].data_root)
+        World(runs[0][0], dataset)  # what can't be run is refused before an earlier run's folder is touched
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
         introduce(runs, dataset)
         results = simulate_all(runs, dataset, args.jobs)
     except (ValueError, OSError, FloatingPointError) as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import data
 import madsim
@@ -311,6 +312,8 @@ def test_a_folder_that_exists_is_not_overwritten_unless_asked(capsys, tmp_path, 
     (folder,) = tmp_path.iterdir()
     before = (folder / "summary.json").read_bytes()
     assert f"{folder} exists; use --overwrite to replace it" in refusal(capsys, *words)
+    if not torch.cuda.is_available():  # refused before the earlier results are touched
+        refusal(capsys, *words, "--overwrite", "--device", "cuda")
     assert (folder / "summary.json").read_bytes() == before
     assert main([*words, "--overwrite"]) == 0
     assert (folder / "summary.json").read_bytes() != before

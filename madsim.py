@@ -567,7 +567,7 @@ def report(result: Result, folder: Path) -> None:
     print(f"             {s['true_exclusions']} of {len(s['malicious'])} attackers, {s['false_exclusions']} honest")
     if s["kept_rounds"]:
         print(f"Kept         everyone, in {len(s['kept_rounds'])} rounds that would have excluded everyone")
-    times = {f"round {len(rounds)}": rounds.iloc[-1], "last 50": rounds.tail(50).mean()}
+    times = {f"round {len(rounds)}": rounds.iloc[-1], f"last {len(rounds.tail(50))}": rounds.tail(50).mean()}
     if s["jumps"]:
         t = s["jumps"][0]["round"]
         times = {f"round {t - 1}": rounds.iloc[t - 2], f"round {t}": rounds.iloc[t - 1]} | times

@@ -21,7 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 HIDDEN = (64, 32)  # testbed: units of the two hidden linear layers
 DROPOUT = (0.3, 0.2)  # testbed: after each of them
 METHODS = ("stacked", "loop")
-BLOCK = 16  # ours: clients trained at once; more would not fit the processor's cache
+BLOCK = 16  # ours: clients trained at once, which bounds the memory; not tuned
 EVALUATION_BATCH = 512  # ours: images evaluated at once
 
 

@@ -143,7 +143,7 @@ class World:
         self.malicious = np.array([share.malicious for share in self.shares])  # [C]
         self.sizes = np.array([len(share.train) for share in self.shares])  # [C]
         self.images, self.labels = self._tensors(dataset.train_images, labels)
-        self.test = self._tensors(dataset.test_images, dataset.test_labels)
+        self._lay_out_evaluation()
 
     def _tensors(self, images: data.Images, labels: data.Labels):
         """Images [n, 1, 28, 28] scaled to [-1, 1] (testbed) and labels [n], on the device."""
@@ -151,6 +151,18 @@ class World:
 
         scaled = torch.tensor(images, device=self.device).float().div(127.5).sub(1)[:, None]
         return scaled, torch.tensor(labels, device=self.device)
+
+    def _lay_out_evaluation(self) -> None:
+        """What every round evaluates in one pass: the test images, then the clients' own validation images."""
+        import torch
+
+        from model import batch_innermost
+
+        test_images, self.test_labels = self._tensors(self.dataset.test_images, self.dataset.test_labels)
+        own = np.concatenate([share.validation for share in self.shares])
+        self.own_labels = self.labels[own]
+        self.owner = np.repeat(np.arange(self.config.clients), [len(share.validation) for share in self.shares])
+        self.evaluated = batch_innermost(torch.cat([test_images, self.images[own]]))
 
     def send(self, w: np.ndarray):
         """Global weights w [P] from the server to the clients' device."""
@@ -187,10 +199,10 @@ class World:
 
     def evaluate(self, w) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
         """Loss and accuracy [C] on the clients' own validation data, and the metrics on the test set."""
-        from model import evaluate, evaluate_shares
+        from model import metrics, metrics_by_client, predict
 
-        own = evaluate_shares(w, self.images, self.labels, [share.validation for share in self.shares])
-        return *own, evaluate(w, *self.test)
+        test, own = predict(w, self.evaluated).split([len(self.test_labels), len(self.own_labels)])
+        return *metrics_by_client(own, self.own_labels, self.owner), metrics(test, self.test_labels)
 
 
 def pick_device(name: str):
@@ -356,7 +368,7 @@ def describe(config: Config, world: World) -> dict:
             return None
 
     status = git("status", "--porcelain")
-    packages = ("numpy", "torch", "scikit-learn", "pandas")
+    packages = ("numpy", "scipy", "torch", "scikit-learn", "pandas")
     return asdict(config) | {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "git": {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)},

@@ -9,7 +9,7 @@ Shapes: C clients, S steps, B batch, P parameters, n images; ci and co channels 
 
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -17,12 +17,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.optim.adam import adam
 
 HIDDEN = (64, 32)  # testbed: units of the two hidden linear layers
 DROPOUT = (0.3, 0.2)  # testbed: after each of them
+ADAM = {
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "eps": 1e-8,
+    "weight_decay": 0.0,
+    "amsgrad": False,
+    "maximize": False,
+}  # PyTorch's
 METHODS = ("stacked", "loop")
 BLOCK = 16  # ours: clients trained at once, which bounds the memory; not tuned
-EVALUATION_BATCH = 512  # ours: images evaluated at once
+EVALUATION_BATCH = 256  # ours: images evaluated at once, at most; 150 to 400 take the same time, more take longer
 
 
 # ---------------------------------------------------------------- the network of one client
@@ -138,6 +147,7 @@ def batch_innermost(images: Tensor) -> Tensor:
 with torch.device("meta"):  # shapes only: the weights come with each call
     FAST_NETWORK = Network(fast_convolve_pool)
 SHAPES = {name: parameter.shape for name, parameter in FAST_NETWORK.named_parameters()}
+PARAMETERS = sum(shape.numel() for shape in SHAPES.values())
 
 
 def logits_of(w: Tensor, images: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -208,61 +218,68 @@ def draw_batches(
     return numbers, keep
 
 
-def batch_losses(W: Tensor, images: Tensor, labels: Tensor, share: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """The clients' cross-entropies in nats on a batch each, summed, and one by one [C].
+def batch_losses(
+    W: Tensor, images: Tensor, labels: Tensor, pick: Tensor, share: Tensor, keep: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The clients' cross-entropies in nats, each on its batch `pick` [C, B] of the images: summed, and [C].
 
     As a client's loss depends on its own row of W [C, P] alone, the sum's gradient [C, P] holds every client's own.
     `share` [C, B] is 1 / (batch's size), and 0 where a short batch is filled up.
     """
-    logits = vmap(logits_of)(W, images, keep)  # [C, B, 2]
-    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(share) * share
+    logits = vmap(logits_of)(W, batch_innermost(images[pick]), keep)  # [C, B, 2]
+    losses = F.cross_entropy(logits.flatten(0, 1), labels[pick].flatten(), reduction="none").view_as(share) * share
     return losses.sum(), losses.sum(1)
 
 
-@cache
-def recorded_gradients(clients: int, batch: int, device: torch.device, dtype: torch.dtype) -> Callable:
-    """The gradients [C, P] and losses [C] of `batch_losses`, recorded as plain operations for one size of batch.
+def record(function: Callable, *arguments: Tensor) -> Callable:
+    """The function as the plain operations that it comes to for arguments of these shapes.
 
     vmap and autograd walk through the network in Python, which takes longer than the arithmetic. So they do it once
     for each size, and every step replays the operations that they came to. (torch.jit is said to be deprecated;
     without its trace the same recording runs from Python, some 20 % slower.)
     """
-    W = torch.zeros(clients, sum(shape.numel() for shape in SHAPES.values()), device=device, dtype=dtype)
-    images = batch_innermost(W.new_zeros(clients, batch, 1, 28, 28))
-    labels = torch.zeros(clients, batch, device=device, dtype=torch.int64)
-    share, keep = W.new_zeros(clients, batch), W.new_zeros(clients, batch, sum(HIDDEN))
-    arguments = (W, images, labels, share, keep)
-    operations = make_fx(grad(batch_losses, has_aux=True))(*arguments)
+    operations = make_fx(function)(*arguments)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         return torch.jit.trace(operations, arguments, check_trace=False)
+
+
+@cache
+def recorded_gradients(clients: int, batch: int, device: torch.device, dtype: torch.dtype) -> Callable:
+    """`batch_losses`' arguments to gradients [C, P] and losses [C], recorded for one size of batch."""
+    new = partial(torch.zeros, device=device, dtype=dtype)
+    W, images, labels = new(clients, PARAMETERS), new(1, 1, 28, 28), new(1).long()
+    pick, share, keep = new(clients, batch).long(), new(clients, batch), new(clients, batch, sum(HIDDEN))
+    return record(grad(batch_losses, has_aux=True), W, images, labels, pick, share, keep)
 
 
 @torch.no_grad()
 def train_stacked(
     w: Tensor, images: Tensor, labels: Tensor, lr: float, numbers: np.ndarray, keep: np.ndarray
 ) -> tuple[Tensor, Tensor]:
-    """All clients at once: see `train_clients` and, for `numbers` and `keep`, `draw_batches`."""
+    """All clients at once: see `train_clients` and, for `numbers` and `keep`, `draw_batches`.
+
+    Nothing in the loop over steps waits for the device: what the steps need is sent there before.
+    """
     torch.empty(8_000_000)  # once freed, 32 MB make glibc keep freed memory instead of returning it in every step
     sizes = (numbers >= 0).sum(2)  # [C, S]
-    widths, steps = sizes.max(0), (sizes > 0).sum(1)  # [S], [C]
+    widths, last = sizes.max(0), (sizes > 0).sum(1) - 1  # [S], [C]
     picks = torch.from_numpy(numbers.clip(0)).to(w.device)  # [C, S, B]
     shares = torch.from_numpy((numbers >= 0) / sizes.clip(1)[..., None]).to(w)  # [C, S, B]
     portions = torch.from_numpy(sizes / sizes.sum(1, keepdims=True)).to(w)  # [C, S]
     keeps = torch.from_numpy(keep).to(w)  # [C, S, B, 96]
 
     W = w.expand(len(numbers), -1).clone()  # [C, P]
-    adam = torch.optim.Adam([W], lr=lr, fused=True)
-    trained, loss = torch.empty_like(W), W.new_zeros(len(W))
+    mean, square, count = torch.zeros_like(W), torch.zeros_like(W), torch.zeros((), device=w.device)  # Adam's
+    trained, losses = torch.empty_like(W), []
     for s, B in enumerate(widths.tolist()):
-        pick = picks[:, s, :B]
         gradients = recorded_gradients(len(W), B, W.device, W.dtype)
-        W.grad, step_loss = gradients(W, batch_innermost(images[pick]), labels[pick], shares[:, s, :B], keeps[:, s, :B])
-        adam.step()
-        loss += step_loss * portions[:, s]
-        for c in np.flatnonzero(steps == s + 1):  # a client with fewer batches is done; its row goes on unused
+        gradient, loss = gradients(W, images, labels, picks[:, s, :B], shares[:, s, :B], keeps[:, s, :B])
+        adam([W], [gradient], [mean], [square], [], [count], lr=lr, fused=True, **ADAM)
+        losses.append(loss)
+        for c in np.flatnonzero(last == s):  # a client with fewer batches is done; its row goes on unused
             trained[c] = W[c]
-    return trained, loss
+    return trained, (torch.stack(losses, 1) * portions).sum(1)
 
 
 def train_loop(
@@ -290,18 +307,31 @@ def train_loop(
 # ---------------------------------------------------------------- evaluation
 
 
+@cache
+def recorded_logits(images: int, device: torch.device, dtype: torch.dtype) -> Callable:
+    """`logits_of` without dropout, recorded for one number of images."""
+    w = torch.zeros(PARAMETERS, device=device, dtype=dtype)
+    return record(lambda w, images: logits_of(w, images), w, batch_innermost(w.new_zeros(images, 1, 28, 28)))
+
+
 @torch.no_grad()
 def predict(w: Tensor, images: Tensor) -> Tensor:
-    """Logits [n, 2] of the network with weights w [P] on images float32 [n, 1, 28, 28]; no dropout."""
-    return torch.cat([logits_of(w, batch_innermost(part)) for part in images.split(EVALUATION_BATCH)])
+    """Logits [n, 2] of the network with weights w [P] on images float32 [n, 1, 28, 28]; no dropout.
+
+    Quickest with images laid out by `batch_innermost`.
+    """
+    parts = images.tensor_split(-(-len(images) // EVALUATION_BATCH))
+    return torch.cat([recorded_logits(len(part), w.device, w.dtype)(w, part) for part in parts])
 
 
 def evaluate(w: Tensor, images: Tensor, labels: Tensor) -> dict[str, float]:
-    """Metrics of the weights w [P]: loss (cross-entropy, nats), accuracy, sensitivity (share of pneumonia found),
-    specificity (share of normal found), auc (area under the ROC curve). NaN where the logits or a class lack."""
-    from sklearn.metrics import roc_auc_score
+    """The `metrics` of the weights w [P] on images float32 [n, 1, 28, 28] with labels int64 [n]."""
+    return metrics(predict(w, images), labels)
 
-    logits = predict(w, images)
+
+def metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Metrics of logits [n, 2]: loss (cross-entropy, nats), accuracy, sensitivity (share of pneumonia found),
+    specificity (share of normal found), auc (area under the ROC curve). NaN where the logits or a class lack."""
     loss = F.cross_entropy(logits, labels).item()
     margin, truth = (logits[:, 1] - logits[:, 0]).cpu().numpy(), labels.cpu().numpy() == 1
     right = (margin > 0) == truth
@@ -311,19 +341,26 @@ def evaluate(w: Tensor, images: Tensor, labels: Tensor) -> dict[str, float]:
         "accuracy": float(right.mean()),
         "sensitivity": float(right[truth].mean()) if truth.any() else float("nan"),
         "specificity": float(right[~truth].mean()) if not truth.all() else float("nan"),
-        "auc": float(roc_auc_score(truth, margin)) if both and np.isfinite(margin).all() else float("nan"),
+        "auc": area_under_curve(margin, truth) if both and np.isfinite(margin).all() else float("nan"),
     }
 
 
-def evaluate_shares(
-    w: Tensor, images: Tensor, labels: Tensor, shares: Sequence[np.ndarray]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Loss (nats) and accuracy, [C] each, of the weights w [P] on each client's own images `shares[c]`."""
-    numbers = torch.from_numpy(np.concatenate(shares)).to(w.device)
-    owner, sizes = np.repeat(np.arange(len(shares)), [len(s) for s in shares]), np.array([len(s) for s in shares])
-    logits, truth = predict(w, images[numbers]), labels[numbers]
-    losses = F.cross_entropy(logits, truth, reduction="none").cpu().numpy()
-    right = ((logits[:, 1] > logits[:, 0]).long() == truth).cpu().numpy()
+def area_under_curve(margin: np.ndarray, truth: np.ndarray) -> float:
+    """Area under the ROC curve from the ranks of the margins [n], ties counting half (Mann and Whitney 1947).
+
+    Scikit-learn's roc_auc_score gives the same, with checks of its input that take 1 % of a round.
+    """
+    from scipy.stats import rankdata
+
+    ranks = rankdata(margin)
+    return float((ranks[truth].mean() - (truth.sum() + 1) / 2) / (~truth).sum())
+
+
+def metrics_by_client(logits: Tensor, labels: Tensor, owner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Loss (nats) and accuracy, [C] each, of logits [n, 2] on every client's own images: `owner` [n] is whose."""
+    losses = F.cross_entropy(logits, labels, reduction="none").cpu().numpy()
+    right = ((logits[:, 1] > logits[:, 0]).long() == labels).cpu().numpy()
+    sizes = np.bincount(owner)
     return np.bincount(owner, losses) / sizes, np.bincount(owner, right) / sizes
 
 

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.func import grad, vmap
 
 import model
-from model import METHODS, Network, convolve_pool, evaluate, evaluate_shares, fast_convolve_pool, initial_weights
+from model import METHODS, Network, convolve_pool, evaluate, fast_convolve_pool, initial_weights
 
 NO_DROPOUT = (0.0, 0.0)
 
@@ -215,11 +217,16 @@ def test_an_unknown_method_lists_the_known(images, labels):
 def test_no_tensor_strays_from_the_device(method, monkeypatch):
     """On the device `meta`, whose tensors have a shape but no memory, and fail where they meet another device's.
 
-    (A pretended cuda device will not do: PyTorch's autograd asks for a real one in a build with CUDA.) The fused
-    Adam does not know the device, so the plain one stands in.
+    So does whatever would wait for a device in the midst of training: there is no number to fetch. (A pretended cuda
+    device will not do: PyTorch's autograd asks for a real one in a build with CUDA.) Adam does not know the device.
     """
-    adam = torch.optim.Adam
-    monkeypatch.setattr(torch.optim, "Adam", lambda parameters, lr, fused=False: adam(parameters, lr=lr))
+
+    def same_device(weights, gradients, means, squares, _, counts, **settings):
+        assert {t.device.type for t in (*weights, *gradients, *means, *squares, *counts)} == {"meta"}
+
+    plain_adam = torch.optim.Adam
+    monkeypatch.setattr(torch.optim, "Adam", lambda parameters, lr: plain_adam(parameters, lr=lr))
+    monkeypatch.setattr(model, "adam", same_device)
     device = torch.device("meta")
     w, images = torch.zeros(21_166, device=device), torch.zeros(200, 1, 28, 28, device=device)
     labels = torch.zeros(200, dtype=torch.int64, device=device)
@@ -278,11 +285,25 @@ def test_metrics_that_can_not_be_had_are_nan(images):
 
 def test_each_client_is_evaluated_on_its_own_images(images, labels):
     w, shares = initial_weights(1), [np.array([5, 900, 17]), np.array([3, 4]), np.arange(100, 160)]
-    loss, accuracy = evaluate_shares(w, images, labels, shares)
+    own = np.concatenate(shares)
+    loss, accuracy = model.metrics_by_client(
+        model.predict(w, images[own]), labels[own], np.repeat([0, 1, 2], [3, 2, 60])
+    )
     for client, share in enumerate(shares):
         expected = evaluate(w, images[share], labels[share])
         assert loss[client] == pytest.approx(expected["loss"], rel=1e-5)
         assert accuracy[client] == pytest.approx(expected["accuracy"])
+
+
+@given(st.integers(0, 10_000), st.integers(2, 50), st.booleans())
+@settings(max_examples=50, deadline=None)
+def test_the_area_under_the_curve_is_scikit_learns(seed, count, ties):
+    from sklearn.metrics import roc_auc_score
+
+    rng = np.random.default_rng(seed)
+    margin, truth = rng.standard_normal(count), rng.permutation(np.arange(count) < rng.integers(1, count))
+    margin = margin.round() if ties else margin
+    assert model.area_under_curve(margin, truth) == pytest.approx(roc_auc_score(truth, margin))
 
 
 def test_predictions_do_not_depend_on_how_many_are_asked_for_at_once(images, monkeypatch):

@@ -16,6 +16,7 @@ from trust import (
     initial_reputation,
     initial_state,
     mad_step,
+    mean_silhouette,
     normalised_distance,
     outlying_group,
     squared_distances,
@@ -152,8 +153,50 @@ def test_distances_and_split_are_those_of_the_full_weights():
     assert centre_distances(squared, members) == pytest.approx(np.linalg.norm(W - W[members].mean(0), axis=1))
     start = W[list(np.unravel_index(squared.argmax(), squared.shape))]
     expected = KMeans(2, init=start, n_init=1).fit(W).labels_.astype(bool)
-    assert (two_means(squared) == expected).all()
     assert sorted([expected.sum(), (~expected).sum()]) == [3, 6]
+    assert (two_means(squared) == expected).all()
+
+
+@given(st.integers(0, 10_000), st.integers(3, 30), st.floats(0, 4))
+@settings(max_examples=60, deadline=None)
+def test_the_split_is_scikit_learns(seed, clients, apart):
+    """On the coordinates themselves, from the same start; `apart` 0 is one cloud, where Lloyd's steps take longest."""
+    from sklearn.cluster import KMeans
+
+    rng = np.random.default_rng(seed)
+    W = rng.standard_normal((clients, 5))
+    W[: clients // 3] += apart
+    squared = squared_distances(W)
+    start = W[list(np.unravel_index(squared.argmax(), squared.shape))]
+    expected = KMeans(2, init=start, n_init=1, tol=0).fit(W).labels_.astype(bool)
+    assert (two_means(squared) == expected).all()
+
+
+def test_the_split_is_not_just_the_start():
+    """From the ends 0 and 7.5 the client at 3.7 first goes to 0; once the centres have moved, to 7.5."""
+    W = column(0.0, 1.0, 1.0, 3.7, 4.1, 7.5)
+    squared = squared_distances(W)
+    assert (squared[:, 5] < squared[:, 0]).tolist() == [False, False, False, False, True, True]
+    # centres then: 5.7 / 4 = 1.425 and 11.6 / 2 = 5.8; 3.7 lies 2.275 from the one and 2.1 from the other
+    assert two_means(squared).tolist() == [False, False, False, True, True, True]
+
+
+def test_silhouette_by_hand():
+    # 0, 1 and 4, 6: (a, b) = (1, 5), (1, 4), (2, 3.5), (2, 5.5)
+    W = column(0.0, 1.0, 4.0, 6.0)
+    distances = np.sqrt(squared_distances(W))
+    expected = (4 / 5 + 3 / 4 + 1.5 / 3.5 + 3.5 / 5.5) / 4
+    assert mean_silhouette(distances, np.array([False, False, True, True])) == pytest.approx(expected)
+
+
+@given(st.integers(0, 10_000), st.integers(3, 20), st.data())
+@settings(max_examples=40, deadline=None)
+def test_silhouette_is_scikit_learns(seed, clients, draw):
+    from sklearn.metrics import silhouette_score
+
+    distances = np.sqrt(squared_distances(np.random.default_rng(seed).standard_normal((clients, 4))))
+    group = np.arange(clients) < draw.draw(st.integers(1, clients - 1))
+    assert mean_silhouette(distances, group) == pytest.approx(silhouette_score(distances, group, metric="precomputed"))
 
 
 clouds = hnp.arrays(float, (6, 4), elements=st.integers(-1000, 1000))

@@ -53,7 +53,9 @@ class Config:
     data_root: str | None = setting(None, f"folder of {data.FILE} (default: MADSIM_DATA, else medmnist's)", "ours")
     seed: int = setting(0, "determines everything random", "ours", low=0)
     device: str = setting("auto", "auto: cuda if there is one", "ours", choices=("auto", "cpu", "cuda"))
-    threads: int | None = setting(None, "processor threads of a run (default: all; 1 where several run)", "ours", low=1)
+    threads: int | None = setting(
+        None, "processor threads of a run (default: all, shared out where several run)", "ours", low=1
+    )
     settings: Settings = field(default=PRESETS["paper"], metadata={"help": "MAD's settings"})
 
     def __post_init__(self):
@@ -228,7 +230,9 @@ class Log:
 
     def __init__(self, config: Config, world: World, out: str | Path | None, bar: bool):
         self.config, self.world, self.out = config, world, out and Path(out)
-        self.rounds, self.clients, self.seconds, self.kept = [], [], [], []
+        self.rounds, self.seconds, self.kept = [], [], []
+        # Room for every row at once: kept one by one they would break up the heap, and memory would grow.
+        self.clients = np.empty((config.rounds, config.clients, len(CLIENT_COLUMNS)))
         self.bar_wanted, self.summary = bar, {"complete": False}
 
     def __enter__(self):
@@ -259,12 +263,14 @@ class Log:
         means = (v[m].mean() for m in (who, honest) for v in (loss, accuracy))
         self.rounds.append([t, *map(rounded, means), *map(rounded, test.values()), int(who.sum())])
         columns = (scores.distance, scores.d, scores.reputation, scores.trust, train_loss, loss, accuracy)
-        for client, values in enumerate(zip(*columns)):
-            flags = int(self.world.malicious[client]), int(who[client])
-            self.clients.append([t, client, *flags, *map(rounded, values)])
+        rows = [
+            [t, client, int(self.world.malicious[client]), int(who[client]), *map(rounded, values)]
+            for client, values in enumerate(zip(*columns))
+        ]
+        self.clients[len(self.rounds) - 1] = rows
         if scores.kept:
             self.kept.append(t)
-        self._write(self.rounds[-1:], self.clients[-len(loss) :])
+        self._write(self.rounds[-1:], rows)
         now = time.perf_counter()
         self.seconds.append(now - self.lap)
         self.lap = now
@@ -291,7 +297,9 @@ class Log:
         """The rows so far as two pandas frames."""
         from pandas import DataFrame
 
-        return DataFrame(self.rounds, columns=ROUND_COLUMNS), DataFrame(self.clients, columns=CLIENT_COLUMNS)
+        rows = self.clients[: len(self.rounds)].reshape(-1, len(CLIENT_COLUMNS))
+        clients = DataFrame(rows, columns=CLIENT_COLUMNS).astype(dict.fromkeys(CLIENT_COLUMNS[:4], int))
+        return DataFrame(self.rounds, columns=ROUND_COLUMNS), clients
 
     def _summary(self, complete: bool) -> dict:
         return summarise(*self.frames(), self.config.mad_start) | {
@@ -410,14 +418,16 @@ def experiment(name: str, base: Config, rounds: int | None) -> list[Config]:
 
 
 def simulate_all(runs: list[tuple[Config, Path]], dataset: data.Dataset, jobs: int) -> list[Result]:
-    """The runs, given with their folders: one with all threads, several as processes with one thread each."""
+    """The runs, given with their folders: one with all threads, several as processes that share the cores."""
     if len(runs) == 1:
         return [simulate(*runs[0], dataset=dataset, bar=True)]
     from joblib import Parallel, delayed
 
+    jobs = min(jobs, len(runs))
+    threads = max(1, os.cpu_count() // jobs)
     with rounds_bar(runs):
-        return Parallel(n_jobs=min(jobs, len(runs)))(
-            delayed(simulate)(replace(config, threads=config.threads or 1), folder, dataset=dataset)
+        return Parallel(n_jobs=jobs)(
+            delayed(simulate)(replace(config, threads=config.threads or threads), folder, dataset=dataset)
             for config, folder in runs
         )
 

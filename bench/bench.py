@@ -1,14 +1,22 @@
-"""How fast local training is: `python bench/bench.py`.
+"""How fast madsim is: `python bench/bench.py`; `--help` lists what else it measures.
 
-Times the default round's local training (10 clients, one epoch) stacked and in a loop, turn by turn, beside the
-arithmetic floor: the same floating-point operations at this machine's own rate for a large matrix product.
+Times are those of whole rounds of `madsim.simulate` with results written to a folder, on the phantom (the speed does
+not depend on what the images show). What is compared runs turn by turn, as a machine's speed changes by the minute.
 """
 
 import argparse
+import json
+import os
 import platform
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
+from collections import defaultdict
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -16,20 +24,35 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.func import grad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
-from madsim import Config, World
-from model import METHODS, Network, initial_weights, train_clients
+import madsim
+import model
+from madsim import Config, World, simulate, simulate_all
 
 MATRIX = 2048  # rows and columns of the product whose rate is the machine's
+PARTS = {  # what a round consists of, and the functions that do it
+    "local training": [(World, "train"), (World, "attack")],
+    "evaluation": [(World, "evaluate")],
+    "scoring": [(madsim, "mad_step")],
+    "averaging": [(madsim, "aggregate"), (World, "send")],
+    "writing": [(madsim.Log, "__call__")],
+}
+CLIENTS, IMAGES = (10, 100, 1000), (1, 2, 4)  # of --scale: clients, and how often the training images are repeated
+CELL_ROUNDS, MANY_ROUNDS = 10, 300  # of --scale: rounds of a cell, and of the one that shows memory over rounds
+JOBS_RUNS, JOBS_ROUNDS = 4, 250  # of --jobs
 
 
-def flops_per_image() -> float:
-    """Floating-point operations of training the plain network on one image: forward and backward."""
-    with FlopCounterMode(display=False) as counter:
-        F.cross_entropy(Network()(torch.zeros(1, 1, 28, 28)), torch.zeros(1, dtype=torch.int64)).backward()
-    return counter.get_total_flops()
+# ---------------------------------------------------------------- tools
+
+
+def run(rounds: int, dataset: data.Dataset, **options) -> dict:
+    """summary.json's content of a run that writes its results."""
+    with tempfile.TemporaryDirectory() as folder:
+        return simulate(Config(rounds=rounds, **options), Path(folder) / "run", dataset=dataset).summary
 
 
 def timed(function) -> float:
@@ -39,42 +62,218 @@ def timed(function) -> float:
     return time.perf_counter() - start
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-n", type=int, default=15, help="timed rounds of each way (default: %(default)s)")
-    parser.add_argument("--threads", type=int, help="processor threads (default: all)")
-    args = parser.parse_args()
-
-    world = World(Config(threads=args.threads), data.load("phantom"))  # the speed does not depend on the images
-    w = initial_weights(0).to(world.device)
-    members = [share.train for share in world.shares]
-
-    def train(method: str) -> None:
-        rngs = [np.random.default_rng(client) for client in range(len(members))]
-        train_clients(w, world.images, world.labels, members, rngs, method=method)
-
+def product_rate() -> float:
+    """Floating-point operations a second of one product of two large matrices."""
     matrix = torch.rand(MATRIX, MATRIX)
-    work = {method: lambda method=method: train(method) for method in METHODS}
-    work["product"] = lambda: matrix @ matrix
-    for function in work.values():
-        function()  # warm up
-    seconds = {name: [] for name in work}
-    for _ in range(args.n):
-        for name, function in work.items():
-            seconds[name].append(timed(function))
-    median = {name: statistics.median(values) for name, values in seconds.items()}
+    return 2 * MATRIX**3 / timed(lambda: matrix @ matrix)
 
-    rate = 2 * MATRIX**3 / median["product"]
-    flops = flops_per_image() * world.sizes.sum()
-    floor = flops / rate
-    print(f"{platform.machine()}, {world.threads} threads, torch {torch.__version__}, n = {args.n} each, in turns")
-    print(f"a round: {len(members)} clients, {world.sizes.sum()} images, {flops / 1e9:.2f} GFLOP")
-    for method in METHODS:
-        low, high = min(seconds[method]), max(seconds[method])
-        print(f"{method:<8} {median[method] * 1e3:8.1f} ms a round (median; {low * 1e3:.1f} to {high * 1e3:.1f})")
-    print(f"floor    {floor * 1e3:8.1f} ms a round, at {rate / 1e9:.0f} GFLOP/s of a {MATRIX}^3 product")
-    print(f"loop / stacked  {median['loop'] / median['stacked']:.2f}")
-    print(f"stacked / floor {median['stacked'] / floor:.2f}")
+
+def flops(world: World) -> tuple[float, float]:
+    """Floating-point operations of the plain network in a round: local training, evaluation."""
+
+    def of_an_image(backward: bool) -> int:
+        with FlopCounterMode(display=False) as counter:
+            logits = model.Network()(torch.zeros(1, 1, 28, 28))
+            if backward:
+                F.cross_entropy(logits, torch.zeros(1, dtype=torch.int64)).backward()
+        return counter.get_total_flops()
+
+    return of_an_image(True) * world.sizes.sum(), of_an_image(False) * len(world.evaluated)
+
+
+@contextmanager
+def clocks(seconds: dict[str, list[float]]):
+    """Within it every call of a function of the `PARTS` adds its seconds to the list under its name."""
+
+    def clocked(function):
+        def call(*args, **options):
+            start = time.perf_counter()
+            result = function(*args, **options)
+            seconds[function.__name__].append(time.perf_counter() - start)
+            return result
+
+        return call
+
+    places = [place for several in PARTS.values() for place in several]
+    originals = [getattr(owner, name) for owner, name in places]
+    for (owner, name), function in zip(places, originals):
+        setattr(owner, name, clocked(function))
+    yield
+    for (owner, name), function in zip(places, originals):
+        setattr(owner, name, function)
+
+
+def heading(text: str) -> None:
+    print(f"{platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}, ", end="")
+    print(f"torch {torch.__version__.split('+')[0]}; {text}")
+
+
+def spread(values: list[float], unit: float = 1) -> str:
+    """Median and range, times the unit."""
+    low, middle, high = (function(values) * unit for function in (min, statistics.median, max))
+    return f"{middle:8.2f}  ({low:.2f} to {high:.2f})"
+
+
+def ratios(ones: list[float], others: list[float]) -> list[float]:
+    """Turn by turn, which the changes of the machine's speed leave alone."""
+    return [one / other for one, other in zip(ones, others)]
+
+
+# ---------------------------------------------------------------- the measurements
+
+
+def bench_round(turns: int) -> None:
+    """The default round, stacked and in a loop, beside the arithmetic floor, and the parts that it consists of.
+
+    The floor: the same floating-point operations at this machine's own rate for a large matrix product.
+    """
+    dataset = data.load("phantom")
+    training, evaluation = flops(World(Config(), dataset))
+    for method in model.METHODS:
+        run(2, dataset, method=method)  # warm up
+    seconds, calls, floors = defaultdict(list), defaultdict(list), []
+    for _ in range(turns):
+        with clocks(calls):
+            seconds["stacked"].append(run(10, dataset)["seconds_per_round"])
+        seconds["loop"].append(run(3, dataset, method="loop")["seconds_per_round"])
+        floors.append((training + evaluation) / product_rate())
+
+    heading(f"median (range) of {turns} turns: 10 rounds stacked, 3 in a loop, one {MATRIX}^3 product")
+    print(f"arithmetic        {training / 1e9:.2f} GFLOP of training and {evaluation / 1e9:.2f} of evaluation a round")
+    for name, values in (*seconds.items(), ("floor", floors)):
+        print(f"{name:<16} {spread(values, 1e3)} ms")
+    print(f"stacked / floor  {spread(ratios(seconds['stacked'], floors))}")
+    print(f"loop / stacked   {spread(ratios(seconds['loop'], seconds['stacked']))}")
+    print("where a stacked round's time goes")
+    parts = {part: sum(statistics.median(calls[name]) for _, name in places) for part, places in PARTS.items()}
+    for part, duration in parts.items():
+        print(f"  {part:<14} {duration * 1e3:8.2f} ms   {duration / sum(parts.values()):6.1%}")
+
+
+def bench_run(turns: int) -> None:
+    """The whole default run of 1000 rounds against its floor, start-up included."""
+    dataset = data.load("phantom")
+    training, evaluation = flops(World(Config(), dataset))
+    rates = [product_rate() for _ in range(turns)]
+    start = time.perf_counter()
+    summary = run(1000, dataset, mad_start=500)
+    seconds = time.perf_counter() - start
+    rates += [product_rate() for _ in range(turns)]
+    floor = 1000 * (training + evaluation) / statistics.median(rates)
+    heading(f"n = 1 run of 1000 rounds, MAD from 500; {2 * turns} products around it")
+    print(f"{seconds:.1f} s, {summary['seconds_per_round'] * 1e3:.1f} ms a round (median)")
+    print(f"floor {floor:.1f} s at {statistics.median(rates) / 1e9:.0f} GFLOP/s; run / floor {seconds / floor:.2f}")
+
+
+def bench_scale(turns: int) -> None:
+    """Seconds a round and peak memory by clients and images; a process for each cell (Linux only)."""
+
+    def cell(clients: int, images: int, rounds: int) -> tuple[float, float]:
+        command = [sys.executable, __file__, "--cell", *map(str, (clients, images, rounds))]
+        return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    heading(f"median seconds a round of {CELL_ROUNDS}, and peak memory of the process")
+    print("clients" + "".join(f"{f'images x {times}':>22}" for times in IMAGES))
+    peaks = {}
+    for clients in CLIENTS:
+        print(f"{clients:>7}", end="", flush=True)
+        for times in IMAGES:
+            seconds, peaks[clients, times] = cell(clients, times, CELL_ROUNDS)
+            print(f"{seconds:>11.3f} s {peaks[clients, times]:>6.0f} MB", end="", flush=True)
+        print()
+    few, many = CLIENTS[0], CLIENTS[-1]
+    slope = (peaks[many, 1] - peaks[few, 1]) / (many - few)
+    print(f"memory a client  {slope:.2f} MB, from {few} to {many} clients")
+    _, peak = cell(few, 1, MANY_ROUNDS)
+    slope = (peak - peaks[few, 1]) / (MANY_ROUNDS - CELL_ROUNDS) * 1e3
+    print(f"memory a round   {slope:.1f} kB, from {CELL_ROUNDS} to {MANY_ROUNDS} rounds ({peak:.0f} MB)")
+
+
+def measure_cell(clients: int, images: int, rounds: int) -> None:
+    """One cell of `bench_scale`, in a process of its own: prints seconds a round and peak memory in MB as JSON."""
+    dataset = data.load("phantom")
+    repeated = np.tile(np.arange(len(dataset.train_images)), images)
+    dataset = replace(dataset, train_images=dataset.train_images[repeated], train_labels=dataset.train_labels[repeated])
+    seconds = run(rounds, dataset, clients=clients)["seconds_per_round"]
+    status = Path("/proc/self/status").read_text()
+    print(json.dumps([seconds, int(status.split("VmHWM:")[1].split()[0]) / 1e3]))
+
+
+def bench_jobs(turns: int) -> None:
+    """Several runs: as processes, against one after another on all cores and on one."""
+    dataset, cores = data.load("phantom"), os.cpu_count()
+    several = [Config(rounds=JOBS_ROUNDS, seed=seed) for seed in range(JOBS_RUNS)]
+
+    def all_of(jobs: int, threads: int | None) -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            runs = [(replace(config, threads=threads), Path(folder) / str(config.seed)) for config in several]
+            return timed(lambda: simulate_all(runs, dataset, jobs))
+
+    simulate(Config(rounds=2), dataset=dataset)  # warm up
+    heading(f"{JOBS_RUNS} runs of {JOBS_ROUNDS} rounds, start-up of the processes included")
+    processes = all_of(cores, None)
+    print(f"{cores} processes                    {processes:7.1f} s")
+    for text, threads in (("all cores", cores), ("one core", 1)):
+        alone = all_of(1, threads)
+        print(f"one after another, {text:<10} {alone:7.1f} s: {alone / processes:.2f} times as long")
+
+
+def bench_profile(turns: int) -> None:
+    """The operations of one training step of the default round, each repeated by itself."""
+    C, B = 10, 20
+    W, pick = model.initial_weights(0).repeat(C, 1), torch.arange(C * B).view(C, B)
+    images, labels = torch.rand(C * B, 1, 28, 28), torch.zeros(C * B, dtype=torch.int64)
+    arguments = W, images, labels, pick, torch.full((C, B), 1 / B), torch.ones(C, B, sum(model.HIDDEN))
+    operations = make_fx(grad(model.batch_losses, has_aux=True))(*arguments)
+    seconds, counts = defaultdict(float), defaultdict(int)
+
+    class Clock(torch.fx.Interpreter):
+        def call_function(self, target, args, options):
+            name = str(target).removeprefix("aten.")
+            seconds[name] += statistics.median(timed(partial(target, *args, **options)) for _ in range(turns))
+            counts[name] += 1
+            return super().call_function(target, args, options)
+
+    with torch.no_grad():
+        Clock(operations).run(*arguments)
+    total = sum(seconds.values())
+    heading(f"median of {turns} repetitions of every operation of a step")
+    for name in sorted(seconds, key=seconds.get, reverse=True)[:12]:
+        print(f"{name:<28} {counts[name]:4d} x   {seconds[name] * 1e3:6.2f} ms   {seconds[name] / total:6.1%}")
+    print(f"{'all':<28} {sum(counts.values()):4d} x   {total * 1e3:6.2f} ms")
+
+
+def bench_flower(turns: int) -> None:
+    """The round's work on Flower's simulation engine, and madsim's round before and after it."""
+    try:
+        from flower_round import seconds_per_round
+    except ImportError as error:
+        sys.exit(f"bench: Flower's simulation engine is not installed ({error}); pip install 'flwr[simulation]'")
+    from importlib.metadata import version
+
+    dataset = data.load("phantom")
+    ours = [run(turns, dataset)["seconds_per_round"]]
+    flower = seconds_per_round(turns)[1:]  # in the first round Flower's processes start
+    ours.append(run(turns, dataset)["seconds_per_round"])
+    heading(f"flwr {version('flwr')}, ray {version('ray')}; median (range) of {len(flower)} rounds")
+    print(f"flower           {spread(flower, 1e3)} ms")
+    print(f"madsim           {spread(ours, 1e3)} ms, {turns} rounds before and {turns} after")
+    print(f"flower / madsim  {statistics.median(flower) / statistics.median(ours):8.1f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=bench_round.__doc__.splitlines()[0])
+    several = parser.add_mutually_exclusive_group()
+    for function in (bench_run, bench_scale, bench_jobs, bench_profile, bench_flower):
+        name, about = function.__name__.removeprefix("bench_"), function.__doc__.splitlines()[0]
+        several.add_argument(f"--{name}", dest="what", action="store_const", const=function, help=about)
+    several.add_argument("--cell", type=int, nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("-n", type=int, default=15, help="turns, or repetitions (default: %(default)s)")
+    args = parser.parse_args()
+    if args.cell:
+        measure_cell(*args.cell)
+    else:
+        (args.what or bench_round)(args.n)
 
 
 if __name__ == "__main__":

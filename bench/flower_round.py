@@ -1,0 +1,70 @@
+"""The work of the default round on Flower's simulation engine, for `bench.py --flower`.
+
+Ten clients train an epoch with the plain PyTorch loop (`method="loop"`, one client each) and evaluate the new global
+model on their own validation images; the server averages (FedAvg) and evaluates on the test set. MAD is left out.
+"""
+
+import time
+from functools import cache
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg
+from flwr.simulation import run_simulation
+
+import data
+from madsim import Config, World
+from model import evaluate, initial_weights, train_clients
+
+
+@cache
+def world() -> World:
+    """The clients' data, made once in every process that Flower starts."""
+    return World(Config(), data.load("phantom"))
+
+
+def weights_of(arrays: ArrayRecord) -> torch.Tensor:
+    return torch.from_numpy(arrays.to_numpy_ndarrays()[0])
+
+
+def seconds_per_round(rounds: int) -> list[float]:
+    """How long each of the rounds takes; what comes before the first is not counted."""
+    client_app, server_app, marks = ClientApp(), ServerApp(), []
+
+    @client_app.train()
+    def train(message: Message, context: Context) -> Message:
+        here, client = world(), int(context.node_config["partition-id"])
+        own = here.shares[client].train
+        W, loss = train_clients(
+            weights_of(message.content["arrays"]), here.images, here.labels, [own], [np.random.default_rng(client)],
+            method="loop",
+        )  # fmt: skip
+        metrics = MetricRecord({"loss": loss.item(), "num-examples": len(own)})
+        content = RecordDict({"arrays": ArrayRecord([W[0].numpy()]), "metrics": metrics})
+        return Message(content=content, reply_to=message)
+
+    @client_app.evaluate()
+    def validate(message: Message, context: Context) -> Message:
+        here = world()
+        own = here.shares[int(context.node_config["partition-id"])].validation
+        result = evaluate(weights_of(message.content["arrays"]), here.images[own], here.labels[own])
+        metrics = MetricRecord({name: result[name] for name in ("loss", "accuracy")} | {"num-examples": len(own)})
+        return Message(content=RecordDict({"metrics": metrics}), reply_to=message)
+
+    @server_app.main()
+    def serve(grid: Grid, context: Context) -> None:
+        here = world()
+
+        def test(t: int, arrays: ArrayRecord) -> MetricRecord:  # after every round, and once before the first
+            images, labels = here.evaluated[: len(here.test_labels)], here.test_labels
+            result = evaluate(weights_of(arrays), images, labels)
+            marks.append(time.perf_counter())
+            return MetricRecord(result)
+
+        FedAvg().start(grid, ArrayRecord([initial_weights(0).numpy()]), num_rounds=rounds, evaluate_fn=test)
+
+    run_simulation(server_app, client_app, num_supernodes=len(world().shares))
+    return np.diff(marks).tolist()

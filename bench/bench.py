@@ -21,6 +21,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import madsim  # before numpy, as it says how numpy's threads wait
+
+# isort: split
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -29,7 +32,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
-import madsim
 import model
 from madsim import Config, World, simulate, simulate_all
 

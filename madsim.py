@@ -147,10 +147,10 @@ class World:
         )
         self.malicious = np.array([share.malicious for share in self.shares])  # [C]
         self.sizes = np.array([len(share.train) for share in self.shares])  # [C]
-        self.images, self.labels = self._tensors(dataset.train_images, labels)
+        self.images, self.labels = self.tensors(dataset.train_images, labels)
         self._lay_out_evaluation()
 
-    def _tensors(self, images: data.Images, labels: data.Labels):
+    def tensors(self, images: data.Images, labels: data.Labels):
         """Images [n, 1, 28, 28] scaled to [-1, 1] (testbed) and labels [n], on the device."""
         import torch
 
@@ -161,13 +161,13 @@ class World:
         """What every round evaluates in one pass: the test images, then the clients' own validation images."""
         import torch
 
-        from model import batch_innermost
+        from model import lay_out
 
-        test_images, self.test_labels = self._tensors(self.dataset.test_images, self.dataset.test_labels)
+        test_images, self.test_labels = self.tensors(self.dataset.test_images, self.dataset.test_labels)
         own = np.concatenate([share.validation for share in self.shares])
         self.own_labels = self.labels[own]
         self.owner = np.repeat(np.arange(self.config.clients), [len(share.validation) for share in self.shares])
-        self.evaluated = batch_innermost(torch.cat([test_images, self.images[own]]))
+        self.evaluated = lay_out(torch.cat([test_images, self.images[own]]))
 
     def send(self, w: np.ndarray):
         """Global weights w [P] from the server to the clients' device."""
@@ -206,7 +206,8 @@ class World:
         """Loss and accuracy [C] on the clients' own validation data, and the metrics on the test set."""
         from model import metrics, metrics_by_client, predict
 
-        test, own = predict(w, self.evaluated).split([len(self.test_labels), len(self.own_labels)])
+        logits, n = predict(w, self.evaluated), len(self.test_labels)
+        test, own = logits[:n], logits[n : n + len(self.own_labels)]
         return *metrics_by_client(own, self.own_labels, self.owner), metrics(test, self.test_labels)
 
 

@@ -80,7 +80,7 @@ def flops(world: World) -> tuple[float, float]:
                 F.cross_entropy(logits, torch.zeros(1, dtype=torch.int64)).backward()
         return counter.get_total_flops()
 
-    return of_an_image(True) * world.sizes.sum(), of_an_image(False) * len(world.evaluated)
+    return of_an_image(True) * world.sizes.sum(), of_an_image(False) * (len(world.test_labels) + len(world.own_labels))
 
 
 @contextmanager

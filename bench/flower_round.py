@@ -56,10 +56,10 @@ def seconds_per_round(rounds: int) -> list[float]:
 
     @server_app.main()
     def serve(grid: Grid, context: Context) -> None:
-        here = world()
+        dataset = world().dataset
+        images, labels = world().tensors(dataset.test_images, dataset.test_labels)
 
         def test(t: int, arrays: ArrayRecord) -> MetricRecord:  # after every round, and once before the first
-            images, labels = here.evaluated[: len(here.test_labels)], here.test_labels
             result = evaluate(weights_of(arrays), images, labels)
             marks.append(time.perf_counter())
             return MetricRecord(result)

@@ -153,16 +153,16 @@ def bench_round(turns: int) -> None:
 
 
 def bench_run(turns: int) -> None:
-    """The whole default run of 1000 rounds against its floor, start-up included."""
+    """The whole default run, 1000 rounds of ten clients, against its floor, start-up included."""
     dataset = data.load("phantom")
     training, evaluation = flops(World(Config(), dataset))
     rates = [product_rate() for _ in range(turns)]
     start = time.perf_counter()
-    summary = run(1000, dataset, mad_start=500)
+    summary = run(1000, dataset)
     seconds = time.perf_counter() - start
     rates += [product_rate() for _ in range(turns)]
     floor = 1000 * (training + evaluation) / statistics.median(rates)
-    heading(f"n = 1 run of 1000 rounds, MAD from 500; {2 * turns} products around it")
+    heading(f"n = 1 run of 1000 rounds; {2 * turns} products around it")
     print(f"{seconds:.1f} s, {summary['seconds_per_round'] * 1e3:.1f} ms a round (median)")
     print(f"floor {floor:.1f} s at {statistics.median(rates) / 1e9:.0f} GFLOP/s; run / floor {seconds / floor:.2f}")
 

@@ -138,7 +138,7 @@ def two_means(squared: Array) -> Mask:
 
     Lloyd's steps (1982): every client joins the nearer of the two clusters' centres, until none changes. A centre's
     distances follow from the clients' own, so the P weights are not looked at again; scikit-learn's KMeans finds the
-    same clusters in 20 times the time. It starts from the farthest pair, so no random number is drawn.
+    same clusters in ten times the time. It starts from the farthest pair, so no random number is drawn.
     """
     first, second = np.unravel_index(squared.argmax(), squared.shape)
     group = squared[:, second] < squared[:, first]

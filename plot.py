@@ -14,10 +14,12 @@ The plot functions take matplotlib Axes and leave the legend to the caller, so a
 from __future__ import annotations
 
 import argparse
+import csv
 import io
 import json
+import reprlib
 import sys
-import zipfile
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -40,6 +42,13 @@ HONEST, ATTACKER, THRESHOLD = "#8C8C8C", "#D55E00", "#0072B2"
 CURVES = ("loss", "accuracy", "honest_accuracy")
 SCORES = ("reputation", "trust")
 LABELS = ("normal", "pneumonia")  # the data set's labels 0 and 1
+SAMPLE_BYTES = 100_000  # of a run's samples.npz, unpacked, at most; madsim's have 3678
+
+# What config.json may hold under the names that are read here.
+KINDS = {
+    "rounds": int, "mad_start": (int, type(None)), "seed": int, "clients": int, "malicious": (int, float),
+    "flip": (int, float), "attack": str, "rule": str, "dataset": str, "data": dict, "settings": dict,
+}  # fmt: skip
 
 # ---------------------------------------------------------------- reading runs
 
@@ -105,12 +114,29 @@ def find_runs(folder: str | Path) -> list[Path]:
 def load_run(folder: str | Path) -> Run:
     """Read a run's folder, complete or not. Raises ValueError if its config.json is damaged."""
     folder = Path(folder)
-    config = json.loads((folder / "config.json").read_text())
-    if not isinstance(config, dict):
-        raise ValueError(f"expected an object, found {type(config).__name__}")
+    config = read_config(folder / "config.json")
     rounds = read_table(folder / "rounds.csv", ["round"], CURVES)
     clients = read_table(folder / "clients.csv", ["round", "client", "malicious"], ["active", *SCORES])
     return Run(folder, config, rounds, clients, read_samples(folder / "samples.npz"))
+
+
+def read_config(path: Path) -> dict:
+    """What config.json holds; ValueError if it is no JSON object, or one of the `KINDS` is of another type."""
+
+    def check(holder: dict, kinds: dict) -> None:
+        for name in holder.keys() & kinds:
+            if not isinstance(holder[name], kinds[name]):
+                raise ValueError(f"{name} is {reprlib.repr(holder[name])}")
+
+    try:
+        config = json.loads(path.read_bytes())
+        check({"it": config}, {"it": dict})
+        check(config, KINDS)
+        check(config.get("data", {}), {"name": str, "note": str})
+        check(config.get("settings", {}), {"threshold": (int, float)})
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its config.json is damaged ({error})") from None
+    return config
 
 
 def read_table(path: Path, keys: Sequence[str], values: Sequence[str]) -> DataFrame:
@@ -120,20 +146,28 @@ def read_table(path: Path, keys: Sequence[str], values: Sequence[str]) -> DataFr
     columns = [*keys, *values]
     text = path.read_text(errors="replace") if path.is_file() else ""
     complete = text[: text.rfind("\n") + 1].strip()  # a run killed while writing leaves a torn last line
-    table = pd.read_csv(io.StringIO(complete or ",".join(columns)), index_col=False, on_bad_lines="skip")
-    table = table.reindex(columns=columns).apply(pd.to_numeric, errors="coerce").dropna(subset=list(keys))
+    options = {"index_col": False, "on_bad_lines": "skip", "quoting": csv.QUOTE_NONE, "low_memory": False}
+    with warnings.catch_warnings(action="ignore"):  # that longer rows lose what is beyond the last column
+        table = pd.read_csv(io.StringIO(complete or ",".join(columns)), **options)
+    table = table.reindex(columns=columns).apply(pd.to_numeric, errors="coerce")
+    numbers = table[list(keys)]  # rounds and clients are numbered; what no number can be is left out
+    table = table[((numbers >= 0) & (numbers < 2**31) & (numbers % 1 == 0)).all(axis=1)]
     return table.astype(dict.fromkeys(keys, int))
 
 
 def read_samples(path: Path) -> tuple[NDArray, NDArray] | None:
-    """The images and labels of an npz file; None if it is absent or damaged."""
+    """Four images uint8 [4, 28, 28] and their labels [4] from an npz file; None if it is absent or damaged."""
     import numpy as np
 
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return arrays["images"], arrays["labels"]
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
+            if sum(member.file_size for member in arrays.zip.infolist()) > SAMPLE_BYTES:
+                return None
+            images, labels = arrays["images"], arrays["labels"]
+    except Exception:  # of a dozen kinds: zipfile's, zlib's, numpy's
         return None
+    whole = images.shape == (4, 28, 28) and labels.shape == (4,) and np.isin(labels, range(len(LABELS))).all()
+    return (images, labels.astype(int)) if whole and images.dtype == np.uint8 else None
 
 
 def shortcomings(run: Run) -> str:
@@ -392,30 +426,37 @@ def save(figure: Figure, path: Path) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
+    import matplotlib
+
     parser = argparse.ArgumentParser(prog="plot.py", description="Draw the figures of all runs at or below a folder.")
     parser.add_argument("folder", type=Path, help="a results folder of madsim.py, or one run's")
     parser.add_argument("--out", type=Path, help="where figures are written (default: FOLDER/figures)")
     args = parser.parse_args(argv)
     out, count = args.out or args.folder / "figures", 0
     try:
-        for name, figure in figures(load_runs(args.folder), args.folder):
-            print(save(figure, out / name))
-            count += 1
+        with matplotlib.rc_context({"text.parse_math": False}):  # a $ in a folder's name is just that
+            for name, figure in figures(load_runs(args.folder), args.folder):
+                print(save(figure, out / name))
+                count += 1
     except OSError as error:
         print(f"plot: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     print(f"{count} figure{'s' * (count != 1)}, each as PNG and SVG")
-    return 0
+    return 0 if count else 2
 
 
 def load_runs(folder: Path) -> list[Run]:
     """The runs at or below `folder`, with a line on standard error for what can't be drawn of each."""
-    runs = []
-    for path in find_runs(folder):
+    runs, found = [], find_runs(folder)
+    for path in sorted({path.parent for path in folder.rglob("config.json")} - set(found)):
+        print(f"{path}: not drawn, it holds no rounds.csv", file=sys.stderr)
+    for path in found:
         try:
             run = load_run(path)
         except ValueError as error:
-            print(f"{path}: not drawn, its config.json is damaged ({error})", file=sys.stderr)
+            print(f"{path}: not drawn, {error}", file=sys.stderr)
             continue
         runs.append(run)
         if lacking := shortcomings(run):

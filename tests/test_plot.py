@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pandas
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
@@ -414,7 +416,7 @@ def test_missing_columns_and_files_leave_the_rest(tmp_path, capsys):
     assert "nothing to draw of accuracy, honest_accuracy, active, reputation, trust" in output.err
 
 
-@pytest.mark.parametrize("content", ["{", "[]"])
+@pytest.mark.parametrize("content", ["{", "[]", "[" * 10**5, '{"rounds": "many"}', '{"settings": {"threshold": []}}'])
 def test_damaged_config_is_one_line_and_the_rest_is_drawn(tmp_path, capsys, content):
     folder = make_run(tmp_path / "a")
     (folder / "config.json").write_text(content)
@@ -427,10 +429,102 @@ def test_damaged_config_is_one_line_and_the_rest_is_drawn(tmp_path, capsys, cont
 
 def test_damaged_samples_are_passed_over(tmp_path):
     folder = make_run(tmp_path / "a", samples=True)
-    whole = (folder / "samples.npz").read_bytes()
+    path = folder / "samples.npz"
+    whole = path.read_bytes()
+    assert plot.load_run(folder).samples is not None
     for damaged in (b"", b"no zip at all", whole[: len(whole) // 2]):
-        (folder / "samples.npz").write_bytes(damaged)
+        path.write_bytes(damaged)
         assert plot.load_run(folder).samples is None
+    images, labels = np.zeros((4, 28, 28), np.uint8), np.array([0, 0, 1, 1])
+    for arrays in (
+        {"images": images},
+        {"images": images[:2], "labels": labels[:2]},
+        {"images": images.astype(float), "labels": labels},
+        {"images": images, "labels": labels + 1},
+        {"images": images.astype(object), "labels": labels},  # pickled
+        {"images": images, "labels": labels, "bomb": np.zeros(10**7)},
+    ):
+        np.savez_compressed(path, **arrays)
+        assert plot.load_run(folder).samples is None
+    with open(path, "wb") as file:
+        np.save(file, images)  # no archive but one array
+    assert plot.load_run(folder).samples is None
+
+
+def test_a_folder_that_is_no_run_yet_is_one_line(tmp_path, capsys):
+    make_run(tmp_path / "a", samples=True)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "config.json").write_text("{}")
+    assert plot.main([str(tmp_path)]) == 0
+    assert capsys.readouterr().err == f"{tmp_path / 'b'}: not drawn, it holds no rounds.csv\n"
+
+
+def test_nothing_to_draw_at_all_is_status_2(tmp_path, capsys):
+    folder = make_run(tmp_path / "a")
+    (folder / "config.json").write_text("{")
+    assert plot.main([str(tmp_path)]) == 2
+    output = capsys.readouterr()
+    assert output.out == "0 figures, each as PNG and SVG\n" and "is damaged" in output.err
+
+
+def test_runs_of_other_lengths_and_data_share_a_figure_that_says_so(tmp_path, capsys):
+    make_run(tmp_path / "a", samples=True)
+    longer = make_run(tmp_path / "b", rounds=9, data="phantom", mad_start=None)
+    more = ["round", "note", "loss", "accuracy", "extra"]
+    write_csv(longer / "rounds.csv", more, [(t, "fine", 0.5, 0.5, 7) for t in range(1, 10)])
+    runs = [plot.load_run(folder) for folder in plot.find_runs(tmp_path)]
+    ax = new_ax()
+    plot.plot_loss(ax, runs)
+    assert [len(line.get_xdata()) for line in ax.lines] == [4, 9]
+    assert heading(ax).endswith("PneumoniaMNIST and phantom images, 4 rounds and 9 rounds, seed 0")
+    assert plot.main([str(tmp_path)]) == 0
+    assert capsys.readouterr().err == f"{longer}: nothing to draw of honest_accuracy\n"
+
+
+def test_a_dollar_in_a_folders_name_is_just_that(tmp_path):
+    for name in ("a$\\frac$", "b$_$"):  # which would be broken mathematics
+        make_run(tmp_path / name, samples=True)
+    assert plot.main([str(tmp_path)]) == 0
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["name", "note", "threshold"]), inner),
+    max_leaves=4,
+)
+cells = st.one_of(st.integers(-1, 5), st.floats(), st.sampled_from(["", "x", '"', "1e999", "9" * 30, "é", "\0"])).map(
+    str
+)
+rows = st.lists(st.lists(cells, max_size=8).map(",".join), max_size=6).map("\n".join)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(st.sampled_from([*plot.KINDS, "data", "other"]), anything), rows, rows)
+def test_any_folder_is_read_or_refused(tmp_path, config, rounds, clients):
+    """Whatever stands in its files: a run that can be named and described, or a ValueError that says what is wrong."""
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "rounds.csv").write_text(",".join(ROUND_COLUMNS) + "\n" + rounds + "\n")
+    (tmp_path / "clients.csv").write_text(",".join(CLIENT_COLUMNS) + "\n" + clients + "\n")
+    try:
+        run = plot.load_run(tmp_path)
+    except ValueError as error:
+        assert "config.json is damaged" in str(error)
+        return
+    plot.shortcomings(run)
+    plot.styles([run])
+    plot.by_start(run)
+    assert plot.title("Loss", [run]).startswith("Loss\n")
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows, rows)
+def test_any_rows_are_drawn_as_far_as_they_can_be(tmp_path, rounds, clients):
+    folder = tmp_path / "a"
+    if not folder.exists():
+        make_run(folder, samples=True)
+    (folder / "rounds.csv").write_text(",".join(ROUND_COLUMNS) + "\n" + rounds + "\n")
+    (folder / "clients.csv").write_text(",".join(CLIENT_COLUMNS) + "\n" + clients + "\n")
+    assert plot.main([str(tmp_path)]) == 0
 
 
 def test_one_recorded_round_is_a_visible_dot(tmp_path):

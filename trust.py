@@ -8,6 +8,8 @@ Shapes: C clients, n clients that are scored, P parameters, t round (the first i
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,9 +26,12 @@ def setting(default, text: str, source: str, **limits):
 
 
 def check_limits(settings) -> None:
-    """ValueError for the first field of the dataclass that lies outside its limits; None is not checked."""
+    """ValueError for the first field of the dataclass that is of another kind or lies outside its limits."""
     for f in fields(settings):
         value, limits = getattr(settings, f.name), f.metadata
+        kinds = get_args(f.type) or (f.type,)
+        if not isinstance(value, tuple({int: Integral, float: Real}.get(kind, kind) for kind in kinds)):
+            raise ValueError(f"{f.name} {value!r} must be of type {' or '.join(kind.__name__ for kind in kinds)}")
         if "choices" in limits and value not in limits["choices"]:
             raise ValueError(f"{f.name} {value!r} is unknown; known: {', '.join(map(str, limits['choices']))}")
         if "low" in limits and value is not None and not limits["low"] <= value <= limits.get("high", float("inf")):
@@ -184,17 +189,29 @@ def outlying_group(squared: Array, spread: float, settings: Settings) -> Mask:
     return group if real and far else nobody
 
 
+def originals(W: Array) -> Mask:
+    """Which rows of W [n, P] are not the very same as an earlier one."""
+    first = {row.tobytes(): client for client, row in reversed([*enumerate(W)])}
+    return np.isin(np.arange(len(W)), list(first.values()))
+
+
 def normalised_distance(W: Array, spread: float, settings: Settings) -> tuple[Array, Array, float]:
     """From the scored clients' weights W [n, P]: distance [n], d [n] in [0, 1], and the new spread.
 
     d = 1 - (distance - lo) / (hi - lo), with lo the least distance and hi the greatest; where no outlying
     group is found, hi is at least `settings.scale_floor` spreads, so that nobody is called far for being
     merely the farthest. hi = lo gives d = 1. Ours: the paper says "normalized Euclidean distance".
+
+    For K = 2 a model submitted by several clients counts once: copies are the tightest of clusters, so clients that
+    copied an honest one would cost others their places. Ours too.
     """
     squared = squared_distances(W)
-    group = outlying_group(squared, spread, settings)
-    distance = centre_distances(squared, ~group)
-    spread = max(spread, float(np.median(distance)))
+    counted = originals(W) if settings.clusters == 2 else np.ones(len(W), bool)
+    group = outlying_group(squared[np.ix_(counted, counted)], spread, settings)
+    main = counted.copy()
+    main[counted] = ~group
+    distance = centre_distances(squared, main)
+    spread = max(spread, float(np.median(distance[counted])))
     lo, hi = distance.min(), distance.max()
     if not group.any():
         hi = max(hi, settings.scale_floor * spread)

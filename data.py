@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,22 @@ class Dataset:
     md5: str
     note: str = ""
 
+    def __post_init__(self):
+        """Raises ValueError for arrays of another shape or type and for labels other than 0 and 1."""
+        for split in ("train", "test"):
+            images, labels = getattr(self, f"{split}_images"), getattr(self, f"{split}_labels")
+            for name, array, kind, shape in (
+                ("images", images, np.uint8, (len(labels), 28, 28)),
+                ("labels", labels, np.int64, (len(images),)),
+            ):
+                if array.dtype != kind or array.shape != shape or not len(array):
+                    found = f"{array.dtype} {list(array.shape)}"
+                    raise ValueError(
+                        f"{split}_{name} are {found}; they must be {kind.__name__} {list(shape)}, not empty"
+                    )
+            if not np.isin(labels, (0, 1)).all():
+                raise ValueError(f"{split}_labels lie in {labels.min()} to {labels.max()}; they must be 0 or 1")
+
 
 # ---------------------------------------------------------------- the two data sets
 
@@ -74,7 +91,8 @@ def pneumoniamnist(root: Path) -> Dataset:
     path = root / FILE
     if not path.is_file():
         download(root)
-    md5 = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+    with open(path, "rb") as file:
+        md5 = hashlib.file_digest(file, partial(hashlib.md5, usedforsecurity=False)).hexdigest()
     if md5 != MD5:
         raise ValueError(f"{path} has MD5 {md5}, PneumoniaMNIST has {MD5}; delete the file to download it afresh")
     with np.load(path, allow_pickle=False) as arrays:

@@ -8,15 +8,19 @@ Shapes: C clients, P parameters, n images, t round.
 """
 
 import argparse
-import csv
+import io
 import json
 import math
 import os
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+import zlib
+from concurrent.futures import BrokenExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from threading import Event, Thread
@@ -29,6 +33,10 @@ import numpy as np
 import data
 from trust import PRESETS, RULES, Settings, State, aggregate, check_limits, initial_state, mad_step, setting
 
+DIGITS = 6  # significant digits of every number written: more than float32 holds after an average
+MOST_RUNS = 10_000  # ours: of seeds, and of jobs
+CHECKPOINT_SECONDS = 1.0  # ours: so much, and a round, is what a kill loses; a checkpoint takes some 2 ms
+
 # ---------------------------------------------------------------- what a run is
 
 
@@ -36,7 +44,7 @@ from trust import PRESETS, RULES, Settings, State, aggregate, check_limits, init
 class Config:
     """One run. ValueError for a value outside its limits. The command line is made from these fields."""
 
-    rounds: int = setting(1000, "aggregation rounds", "paper: 100 to 1000", low=1)
+    rounds: int = setting(1000, "aggregation rounds", "paper: 100 to 1000", low=1, high=1_000_000)
     mad_start: int | None = setting(
         None,
         "round from which MAD excludes, or never; several make several runs",
@@ -48,16 +56,16 @@ class Config:
     attack: str = setting("label_flip", "what malicious clients do", "paper")
     flip: float = setting(1.0, "share of its labels that a malicious client flips", "paper", low=0, high=1)
     rule: str = setting("mean", "how active clients' models are aggregated", "paper", choices=RULES)
-    epochs: int = setting(1, "local epochs a round", "testbed", low=1)
+    epochs: int = setting(1, "local epochs a round", "testbed", low=1, high=100)
     batch_size: int = setting(20, "images a local step", "testbed", low=1)
     lr: float = setting(1e-3, "learning rate of Adam", "testbed", low=0)
     method: str = setting("stacked", "train all clients at once, or in a loop", "ours", choices=("stacked", "loop"))
     dataset: str = setting("auto", "auto: phantom if PneumoniaMNIST can't be had", "ours", choices=data.DATASETS)
     data_root: str | None = setting(None, f"folder of {data.FILE} (default: MADSIM_DATA, else medmnist's)", "ours")
-    seed: int = setting(0, "determines everything random", "ours", low=0)
+    seed: int = setting(0, "determines everything random", "ours", low=0, high=2**63 - 1)
     device: str = setting("auto", "auto: cuda if there is one", "ours", choices=("auto", "cpu", "cuda"))
     threads: int | None = setting(
-        None, "processor threads of a run (default: all, shared out where several run)", "ours", low=1
+        None, "processor threads of a run (default: all, shared out where several run)", "ours", low=1, high=1024
     )
     settings: Settings = field(default=PRESETS["paper"], metadata={"help": "MAD's settings"})
 
@@ -108,116 +116,44 @@ class Result:
 
 
 def simulate(
-    config: Config, out: str | Path | None = None, *, dataset: data.Dataset | None = None, bar: bool = False
+    config: Config,
+    out: str | Path | None = None,
+    *,
+    dataset: data.Dataset | None = None,
+    resume: bool = False,
+    bar: bool = False,
 ) -> Result:
     """One federated learning run. Ctrl-C ends it early, with `summary["complete"]` false.
 
-    `out` is a new folder that the results are written to as the run goes (None: nothing is written), `dataset`
-    saves loading it, `bar` shows a progress bar. Raises ValueError for input that
-    can't be run, OSError for data or a folder that can't be had, FloatingPointError where all clients diverge.
+    `out` is a new folder that the results are written to as the run goes (None: nothing is written), or with `resume`
+    the folder of a run that was cut short, which goes on from its checkpoint; `read_config(out)` is its Config.
+    `dataset` saves loading it, `bar` shows a progress bar. Raises ValueError for input that can't be run or a folder
+    that can't be resumed, OSError for data or a folder that can't be had or written, FloatingPointError where all
+    clients diverge.
     """
-    from model import initial_weights
-
-    world = World(config, dataset or data.load(config.dataset, config.data_root))
-    w, scores = initial_weights(config.seed).to(world.device), initial_state(config.clients)
-    with Log(config, world, out, bar) as log:
+    dataset = dataset or data.load(config.dataset, config.data_root)
+    clients = gather(config, dataset)
+    with Log(config, dataset, clients, out, resume, bar) as log:
+        w, scores = log.begin()
         for t in range(scores.round + 1, config.rounds + 1):
             asked = scores.active | (config.settings.excluded == "observed")
-            W, train_loss = world.train(w, asked, t)  # [C, P]   local training, all clients at once
-            W = world.attack(W, w, asked, t)  # [C, P]   what malicious clients submit instead
+            W, train_loss = clients.train(w, asked, t)  # [C, P]   local training, all clients at once
+            W = clients.attack(W, w, asked, t)  # [C, P]   what malicious clients submit instead
             scores = mad_step(W, scores, t, config.mad_start, config.settings)  # eqs. (1)-(7) and exclusion
-            w = world.send(aggregate(W, world.sizes, scores.active, config.rule, world.malicious.sum()))  # [P]
-            log(t, train_loss, world.evaluate(w), scores)
-    return log.result(w)
+            w = clients.send(aggregate(W, clients.sizes, scores.active, config.rule, clients.malicious.sum()))  # [P]
+            log(t, train_loss, clients.evaluate(w), w, scores)
+    return log.result()
 
 
-class World:
-    """The clients and their data on the device: what a round loop asks of the outside, in the run's settings."""
+def gather(config: Config, dataset: data.Dataset):
+    """The run's `model.Clients`, each with its share of the data set."""
+    from model import Clients
 
-    def __init__(self, config: Config, dataset: data.Dataset):
-        import torch
-
-        self.config, self.dataset = config, dataset
-        self.device = pick_device(config.device)
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        self.threads = torch.get_num_threads()
-        self.shares, labels = data.share_out(
-            dataset.train_labels, config.clients, config.malicious, config.seed, config.attack, config.flip
-        )
-        self.malicious = np.array([share.malicious for share in self.shares])  # [C]
-        self.sizes = np.array([len(share.train) for share in self.shares])  # [C]
-        self.images, self.labels = self.tensors(dataset.train_images, labels)
-        self._lay_out_evaluation()
-
-    def tensors(self, images: data.Images, labels: data.Labels):
-        """Images [n, 1, 28, 28] scaled to [-1, 1] (testbed) and labels [n], on the device."""
-        import torch
-
-        scaled = torch.tensor(images, device=self.device).float().div(127.5).sub(1)[:, None]
-        return scaled, torch.tensor(labels, device=self.device)
-
-    def _lay_out_evaluation(self) -> None:
-        """What every round evaluates in one pass: the test images, then the clients' own validation images."""
-        import torch
-
-        from model import lay_out
-
-        test_images, self.test_labels = self.tensors(self.dataset.test_images, self.dataset.test_labels)
-        own = np.concatenate([share.validation for share in self.shares])
-        self.own_labels = self.labels[own]
-        self.owner = np.repeat(np.arange(self.config.clients), [len(share.validation) for share in self.shares])
-        self.evaluated = lay_out(torch.cat([test_images, self.images[own]]))
-
-    def send(self, w: np.ndarray):
-        """Global weights w [P] from the server to the clients' device."""
-        import torch
-
-        return torch.from_numpy(w).to(self.device)
-
-    def train(self, w, asked: np.ndarray, t: int):
-        """Round t's local training of the clients `asked` [C]: (their models [n, P], mean training loss [C])."""
-        from model import train_clients
-
-        who = np.flatnonzero(asked)
-        rngs = [np.random.default_rng([self.config.seed, t, client, 1]) for client in who]
-        c = self.config
-        W, loss = train_clients(
-            w, self.images, self.labels, [self.shares[client].train for client in who], rngs,
-            epochs=c.epochs, batch_size=c.batch_size, lr=c.lr, method=c.method,
-        )  # fmt: skip
-        losses = np.full(len(asked), np.nan)
-        losses[who] = loss.cpu().numpy()
-        return W, losses
-
-    def attack(self, W, w, asked: np.ndarray, t: int) -> np.ndarray:
-        """The submissions [C, P] as the server gets them; NaN rows of clients that were not asked."""
-        from model import ATTACKS
-
-        bad = self.malicious[asked]
-        if self.config.attack in ATTACKS and bad.any():
-            rng = np.random.default_rng([self.config.seed, t, 2])
-            W[bad] = ATTACKS[self.config.attack](W[bad], w, rng)
-        submitted = np.full((len(asked), W.shape[1]), np.nan, np.float32)
-        submitted[asked] = W.cpu().numpy()
-        return submitted
-
-    def evaluate(self, w) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
-        """Loss and accuracy [C] on the clients' own validation data, and the metrics on the test set."""
-        from model import metrics, metrics_by_client, predict
-
-        logits, n = predict(w, self.evaluated), len(self.test_labels)
-        test, own = logits[:n], logits[n : n + len(self.own_labels)]
-        return *metrics_by_client(own, self.own_labels, self.owner), metrics(test, self.test_labels)
-
-
-def pick_device(name: str):
-    """The torch device of `--device`; ValueError for cuda where there is none."""
-    import torch
-
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda: this machine has 0 usable CUDA devices; use --device cpu or auto")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    c = config
+    shares, labels = data.share_out(dataset.train_labels, c.clients, c.malicious, c.seed, c.attack, c.flip)
+    training = {"epochs": c.epochs, "batch_size": c.batch_size, "lr": c.lr, "method": c.method}
+    train, test = (dataset.train_images, labels), (dataset.test_images, dataset.test_labels)
+    return Clients(train, test, shares, seed=c.seed, attack=c.attack, device=c.device, threads=c.threads, **training)
 
 
 # ---------------------------------------------------------------- what a run leaves behind
@@ -226,97 +162,294 @@ ROUND_COLUMNS = ["round", "loss", "accuracy", "honest_loss", "honest_accuracy"]
 ROUND_COLUMNS += ["test_loss", "test_accuracy", "test_sensitivity", "test_specificity", "test_auc", "active"]
 CLIENT_COLUMNS = ["round", "client", "malicious", "active", "distance", "d", "reputation", "trust"]
 CLIENT_COLUMNS += ["train_loss", "loss", "accuracy"]
-DIGITS = 6  # significant digits of every number written: more than float32 holds after an average
+INTEGERS = {"round", "client", "malicious", "active"}
+CHECKPOINT = "checkpoint.npz"
 
 
 class Log:
     """Writes a run's folder as it goes, shows the progress bar, and keeps the rows for the `Result`."""
 
-    def __init__(self, config: Config, world: World, out: str | Path | None, bar: bool):
-        self.config, self.world, self.out = config, world, out and Path(out)
-        self.rounds, self.seconds, self.kept = [], [], []
-        # Room for every row at once: kept one by one they would break up the heap, and memory would grow.
-        self.clients = np.empty((config.rounds, config.clients, len(CLIENT_COLUMNS)))
-        self.bar_wanted, self.summary = bar, {"complete": False}
+    def __init__(self, config: Config, dataset: data.Dataset, members, out: str | Path | None, resume: bool, bar: bool):
+        self.config, self.dataset, self.members, self.resume, self.bar_wanted = config, dataset, members, resume, bar
+        self.out = None if out is None else Path(out)
+        self.rounds, self.clients = self.tables = (
+            Table(ROUND_COLUMNS, config.rounds, self.out and self.out / "rounds.csv"),
+            Table(CLIENT_COLUMNS, config.rounds * config.clients, self.out and self.out / "clients.csv"),
+        )
+        self.seconds, self.kept = [], []
+        self.last, self.bar, self.summary = None, None, {"complete": False}
 
     def __enter__(self):
+        return self
+
+    def begin(self):
+        """The global weights w [P] on the clients' device and the State that the run starts, or goes on, from."""
         from tqdm import tqdm
 
-        self.files = []
-        if self.out:
-            self.out.mkdir(parents=True)
-            write_json(self.out / "config.json", describe(self.config, self.world))
-            np.savez(self.out / "samples.npz", **samples(self.world.dataset))
-            self.files = [open(self.out / name, "w", newline="") for name in ("rounds.csv", "clients.csv")]
-        self.writers = [csv.writer(file, lineterminator="\n") for file in self.files]
-        self._write([ROUND_COLUMNS], [CLIENT_COLUMNS])
+        from model import initial_weights
+
+        w, scores = initial_weights(self.config.seed).numpy(), initial_state(self.config.clients)
+        if self.resume:
+            w, scores = self._reopen(w, scores)
+        else:
+            self._create()
+        self.lap = time.perf_counter()
+        self.last = self.members.send(w), scores, [table.mark for table in self.tables]
+        self.save()
         self.bar = tqdm(
             total=self.config.rounds,
+            initial=scores.round,
             unit="round",
             desc=run_name(self.config),
             disable=None if self.bar_wanted else True,  # None: no bar where the output is not a terminal
             dynamic_ncols=True,
         )
-        self.started = self.lap = time.perf_counter()
-        return self
+        return self.last[:2]
 
-    def __call__(self, t: int, train_loss: np.ndarray, metrics: tuple, scores: State) -> None:
-        """Record round t: one row of rounds.csv, one row a client of clients.csv."""
+    def _create(self) -> None:
+        """A new run's folder, before its first round."""
+        if self.out:
+            about = asdict(self.config) | origin(self.members) | {"data": about_data(self.dataset)}
+            self.out.mkdir(parents=True)
+            write_json(self.out / "config.json", about)
+            np.savez(self.out / "samples.npz", **samples(self.dataset))
+        for table in self.tables:
+            table.create()
+
+    def _reopen(self, w: np.ndarray, scores: State) -> tuple[np.ndarray, State]:
+        """Weights and scores of the checkpoint in a run's folder, which is put back to where it stood then.
+
+        `w` and `scores` are those of a new run: a checkpoint has arrays of the same kind. ValueError if the folder
+        is not that of this run, or its files are not as madsim left them.
+        """
+        found = read_checkpoint(self.out / CHECKPOINT, w, scores)
+        refuse_changes(self.out, json.loads(str(found["run"])), self._identity())
+        for table, (size, crc), rows in zip(self.tables, found["marks"].tolist(), (1, self.config.clients)):
+            table.reopen(size, crc)
+            if table.filled != found["round"] * rows:
+                raise ValueError(f"{table.path} holds {table.filled} rows at round {found['round']} of the checkpoint")
+        for table in self.tables:
+            table.cut()
+        self.seconds, self.kept = found["seconds"].tolist(), found["kept_rounds"].tolist()
+        scores = State(**{name: found[name] if found[name].ndim else found[name].item() for name in vars(scores)})
+        if scores.round < self.config.rounds:
+            about = read_json(self.out / "config.json")
+            resumed = [*about.get("resumed", []), {"after_round": scores.round} | origin(self.members)]
+            write_json(self.out / "config.json", about | {"resumed": resumed})
+        return found["w"], scores
+
+    def _identity(self) -> dict:
+        return identity(self.config) | {"data's MD5": self.dataset.md5}
+
+    def __call__(self, t: int, train_loss: np.ndarray, metrics: tuple, w, scores: State) -> None:
+        """Record round t: one row of rounds.csv, one row a client of clients.csv, now and then a checkpoint."""
         loss, accuracy, test = metrics
-        who, honest = scores.active, ~self.world.malicious
-        means = (v[m].mean() for m in (who, honest) for v in (loss, accuracy))
-        self.rounds.append([t, *map(rounded, means), *map(rounded, test.values()), int(who.sum())])
+        who, honest = scores.active, ~self.members.malicious
+        means = [rounded(v[m].mean()) for m in (who, honest) for v in (loss, accuracy)]
         columns = (scores.distance, scores.d, scores.reputation, scores.trust, train_loss, loss, accuracy)
         rows = [
-            [t, client, int(self.world.malicious[client]), int(who[client]), *map(rounded, values)]
+            [t, client, int(self.members.malicious[client]), int(who[client]), *map(rounded, values)]
             for client, values in enumerate(zip(*columns))
         ]
-        self.clients[len(self.rounds) - 1] = rows
-        if scores.kept:
-            self.kept.append(t)
-        self._write(self.rounds[-1:], rows)
+        self.rounds.append([[t, *means, *map(rounded, test.values()), int(who.sum())]])
+        self.clients.append(rows)
+        self.kept += [t] * scores.kept
         now = time.perf_counter()
         self.seconds.append(now - self.lap)
         self.lap = now
-        self.bar.set_postfix_str(f"accuracy {self.rounds[-1][2]:.3f}, active {who.sum()}", refresh=False)
+        # In one assignment, so that an interruption finds all of this round or nothing of it.
+        self.last = w, scores, [table.mark for table in self.tables]
+        if now - self.saved >= CHECKPOINT_SECONDS:
+            self.save()
+        self.bar.set_postfix_str(f"accuracy {means[1]:.3f}, active {who.sum()}", refresh=False)
         self.bar.update()
 
-    def _write(self, *tables: list[list]) -> None:
-        """Append rows to rounds.csv and clients.csv; NaN becomes an empty field."""
-        for writer, file, rows in zip(self.writers, self.files, tables):
-            writer.writerows([["" if value != value else value for value in row] for row in rows])
-            file.flush()
+    def save(self) -> None:
+        """Write the checkpoint of the last round recorded, once the rows up to it are safely on the disk."""
+        w, scores, marks = self.last
+        t = scores.round
+        if self.out:
+            for table in self.tables:
+                os.fsync(table.file.fileno())
+            content = io.BytesIO()
+            run = as_json(self._identity())
+            kept = np.array([r for r in self.kept if r <= t], int)
+            arrays = {"w": w.cpu().numpy(), "marks": np.array(marks), "seconds": np.array(self.seconds[:t], float)}
+            np.savez(content, run=run, kept_rounds=kept, **arrays, **vars(scores))
+            replace_file(self.out / CHECKPOINT, content.getvalue())
+        self.saved = time.perf_counter()
 
     def __exit__(self, kind, error, traceback) -> bool:
-        self.bar.close()
-        for file in self.files:
-            file.close()
-        if self.rounds:
-            self.summary = without_nan(self._summary(complete=kind is None))
-        if self.out and self.rounds:
-            write_json(self.out / "summary.json", self.summary)
-        return kind is KeyboardInterrupt
+        if self.bar:
+            self.bar.close()
+        if self.last and not isinstance(error, OSError):  # what can't be written is not tried again
+            self.save()
+            self._summarise(complete=kind is None)
+        for table in self.tables:
+            table.close()
+        return kind is KeyboardInterrupt and self.last is not None
 
     def frames(self):
         """The rows so far as two pandas frames."""
-        from pandas import DataFrame
+        t = self.last[1].round
+        return self.rounds.frame(t), self.clients.frame(t * self.config.clients)
 
-        rows = self.clients[: len(self.rounds)].reshape(-1, len(CLIENT_COLUMNS))
-        clients = DataFrame(rows, columns=CLIENT_COLUMNS).astype(dict.fromkeys(CLIENT_COLUMNS[:4], int))
-        return DataFrame(self.rounds, columns=ROUND_COLUMNS), clients
-
-    def _summary(self, complete: bool) -> dict:
-        return summarise(*self.frames(), self.config.mad_start) | {
-            "kept_rounds": self.kept,
-            "seconds": round(time.perf_counter() - self.started, 3),
-            "seconds_per_round": round(float(np.median(self.seconds)), 4),
-            "dataset": self.world.dataset.name,
-            "note": self.world.dataset.note,
+    def _summarise(self, complete: bool) -> None:
+        """Make summary.json, once there is a round."""
+        t = self.last[1].round
+        if not t:
+            return
+        summary = summarise(*self.frames(), self.config.mad_start) | {
+            "kept_rounds": [r for r in self.kept if r <= t],
+            "seconds": round(sum(self.seconds[:t]), 3),
+            "seconds_per_round": round(float(np.median(self.seconds[:t])), 4),
+            "dataset": self.dataset.name,
+            "note": self.dataset.note,
             "complete": complete,
         }
+        self.summary = without_nan(summary)
+        if self.out:
+            write_json(self.out / "summary.json", self.summary)
 
-    def result(self, w) -> Result:
-        return Result(self.config, *self.frames(), self.summary, w.cpu().numpy())
+    def result(self) -> Result:
+        return Result(self.config, *self.frames(), self.summary, self.last[0].cpu().numpy())
+
+
+class Table:
+    """Rows of numbers in memory and, with a `path`, in a CSV file written as they come; NaN is an empty field.
+
+    `mark` is the file's size in bytes and the CRC-32 of them: what a checkpoint keeps and `reopen` goes back to.
+    """
+
+    def __init__(self, columns: list[str], rows: int, path: Path | None):
+        self.columns, self.path, self.file, self.mark = columns, path, None, (0, 0)
+        # Room for every row at once: kept one by one they would break up the heap, and memory would grow.
+        self.values, self.filled = np.empty((rows, len(columns))), 0
+
+    def create(self) -> None:
+        """Begin the file, with the columns' names."""
+        if self.path:
+            self.file = open(self.path, "xb")
+            lock(self.file)
+            self._write([self.columns])
+
+    def reopen(self, size: int, crc: int) -> None:
+        """Read the file up to the mark (size, crc); ValueError if it does not hold what was written up to there."""
+        self.file = open(self.path, "r+b")
+        lock(self.file)
+        content = self.file.read(size)
+        if len(content) != size or zlib.crc32(content) != crc:
+            raise ValueError(f"{self.path} was changed or cut short since the checkpoint; the run can't go on from it")
+        rows = [[float(value or "nan") for value in line.split(",")] for line in content.decode().splitlines()[1:]]
+        self.mark, self.filled = (size, crc), len(rows)
+        self.values[: len(rows)] = np.reshape(rows, (len(rows), len(self.columns)))
+
+    def cut(self) -> None:
+        """Drop what follows the mark: rows after the checkpoint, the last perhaps torn."""
+        self.file.truncate(self.mark[0])
+        self.file.seek(self.mark[0])
+
+    def append(self, rows: list[list]) -> None:
+        self.values[self.filled : self.filled + len(rows)] = rows
+        self.filled += len(rows)
+        self._write(rows)
+
+    def _write(self, rows: list[list]) -> None:
+        if self.file:
+            lines = (",".join("" if value != value else str(value) for value in row) + "\n" for row in rows)
+            text = "".join(lines).encode()
+            self.file.write(text)
+            self.file.flush()
+            size, crc = self.mark
+            self.mark = size + len(text), zlib.crc32(text, crc)
+
+    def close(self) -> None:
+        if self.file:
+            with suppress(OSError):  # of a full disk; it was raised when the row was written
+                self.file.close()
+
+    def frame(self, rows: int):
+        """The first so many rows as a pandas frame."""
+        from pandas import DataFrame
+
+        table = DataFrame(self.values[:rows], columns=self.columns)
+        return table.astype({name: int for name in self.columns if name in INTEGERS})
+
+
+def lock(file) -> None:
+    """ValueError if another process is writing this file. The lock ends with the process, however that ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    with suppress(OSError):  # a file system without locks
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{Path(file.name).parent} is being written by another run of madsim") from None
+
+
+# ---------------------------------------------------------------- going on from a checkpoint
+
+
+def identity(config: Config) -> dict:
+    """What may not change while a run is interrupted: all its settings but for where the data lie and the threads."""
+    every = asdict(config)
+    every |= every.pop("settings")
+    return {name: value for name, value in every.items() if name not in ("data_root", "threads")}
+
+
+def refuse_changes(folder: Path, begun: dict, now: dict) -> None:
+    """ValueError, naming them, if what a run was begun with and what it shall go on with differ."""
+    changed = [f"{name} {begun.get(name)}, not {value}" for name, value in now.items() if begun.get(name) != value]
+    if changed:
+        raise ValueError(f"{folder} was begun with {', '.join(changed)}; a run can't change on the way")
+
+
+def read_config(folder: str | Path) -> Config:
+    """The Config of a run's folder. Raises FileNotFoundError if it has none, ValueError if that is damaged."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is not a run's folder: it holds no config.json")
+    written = read_json(path)
+    try:
+        settings = Settings(**{f.name: written["settings"][f.name] for f in fields(Settings)})
+        return Config(**{f.name: written[f.name] for f in fields(Config)} | {"settings": settings})
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} is damaged: {reason}") from None
+
+
+def read_checkpoint(path: Path, w: np.ndarray, scores: State) -> dict[str, np.ndarray]:
+    """The arrays of a checkpoint; ValueError unless they are of the kinds that `w` [P], `scores` and a run need."""
+    if not path.is_file():
+        raise ValueError(f"{path.parent} can't be resumed: it holds no {path.name}; run it again with --overwrite")
+    kinds = {"w": w, "marks": np.zeros((2, 2), int), "seconds": np.zeros(0), "kept_rounds": np.zeros(0, int)}
+    kinds = {name: np.asarray(value) for name, value in (kinds | vars(scores)).items()}
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            if any(member.file_size != member.compress_size for member in found.zip.infolist()):
+                raise ValueError("it is compressed")  # madsim's never are; a small file could then fill the memory
+            arrays = dict(found)
+        if lacking := (kinds.keys() | {"run"}) - arrays.keys():
+            raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
+        for name, kind in kinds.items():
+            if arrays[name].dtype != kind.dtype or arrays[name].ndim != kind.ndim:
+                raise ValueError(f"{name} is {arrays[name].dtype} with {arrays[name].ndim} axes")
+            if name not in ("seconds", "kept_rounds") and arrays[name].shape != kind.shape:
+                raise ValueError(f"{name} has shape {arrays[name].shape}, not {kind.shape}")
+        known = np.concatenate([arrays[name] for name in ("d", "reputation", "trust")])
+        if not np.isfinite(arrays["w"]).all() or (known < 0).any() or (known > 1).any() or not arrays["active"].any():
+            raise ValueError("its numbers are out of range")
+        if len(arrays["seconds"]) != arrays["round"]:
+            raise ValueError(f"{len(arrays['seconds'])} rounds were timed, not {arrays['round']}")
+        if not isinstance(json.loads(str(arrays["run"])), dict):
+            raise ValueError("its settings are no object")
+    except OSError:
+        raise
+    except Exception as error:  # zipfile's, numpy's and zlib's are of a dozen kinds
+        raise ValueError(f"{path} is damaged: {error}") from None
+    return arrays
 
 
 def summarise(rounds, clients, mad_start: int | None) -> dict:
@@ -368,8 +501,8 @@ def samples(dataset: data.Dataset) -> dict[str, np.ndarray]:
     return {"images": dataset.train_images[chosen], "labels": dataset.train_labels[chosen]}
 
 
-def describe(config: Config, world: World) -> dict:
-    """config.json: every field, the command line, the code, versions, the machine, the data set."""
+def origin(members) -> dict:
+    """Where a run, or a part of it, comes from: the command line, the code, versions, the machine."""
     from importlib.metadata import version
 
     def git(*arguments: str) -> str | None:
@@ -381,17 +514,50 @@ def describe(config: Config, world: World) -> dict:
 
     status = git("status", "--porcelain")
     packages = ("numpy", "scipy", "torch", "scikit-learn", "pandas")
-    return asdict(config) | {
+    return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "git": {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)},
         "versions": {"python": sys.version.split()[0]} | {package: version(package) for package in packages},
-        "machine": {"device": str(world.device), "threads": world.threads},
-        "data": {key: getattr(world.dataset, key) for key in ("name", "md5", "note")},
+        "machine": {"device": str(members.device), "threads": members.threads},
     }
 
 
+def about_data(dataset: data.Dataset) -> dict:
+    return {key: getattr(dataset, key) for key in ("name", "md5", "note")}
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file so that who reads it, also after a kill or on a full disk, finds the old or the new one whole."""
+    unfinished = path.with_name(path.name + ".part")
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except OSError:
+        with suppress(OSError):
+            unfinished.unlink()
+        raise
+
+
 def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    replace_file(path, (as_json(content, indent=2) + "\n").encode())
+
+
+def as_json(content: dict, indent: int | None = None) -> str:
+    return json.dumps(content, indent=indent, allow_nan=False, default=lambda number: number.item())  # numpy's
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; ValueError if it is damaged."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it holds a {type(content).__name__}, not an object")
+    return content
 
 
 def without_nan(value):
@@ -421,19 +587,22 @@ def experiment(name: str, base: Config, rounds: int | None) -> list[Config]:
     return configs + [replace(base, rounds=rounds, mad_start=None, malicious=0.0)] * no_attack
 
 
-def simulate_all(runs: list[tuple[Config, Path]], dataset: data.Dataset, jobs: int) -> list[Result]:
+def simulate_all(runs: list[tuple[Config, Path]], dataset: data.Dataset, jobs: int, resume: bool) -> list[Result]:
     """The runs, given with their folders: one with all threads, several as processes that share the cores."""
     if len(runs) == 1:
-        return [simulate(*runs[0], dataset=dataset, bar=True)]
+        return [simulate(*runs[0], dataset=dataset, resume=resume, bar=True)]
     from joblib import Parallel, delayed
+    from joblib.externals.loky import get_reusable_executor
 
     jobs = min(jobs, len(runs))
     threads = max(1, os.cpu_count() // jobs)
-    with rounds_bar(runs):
-        return Parallel(n_jobs=jobs)(
-            delayed(simulate)(replace(config, threads=config.threads or threads), folder, dataset=dataset)
-            for config, folder in runs
-        )
+    each = [(replace(config, threads=config.threads or threads), folder.absolute()) for config, folder in runs]
+    try:
+        with rounds_bar(runs):
+            return Parallel(n_jobs=jobs)(delayed(simulate)(*run, dataset=dataset, resume=resume) for run in each)
+    except BaseException:
+        get_reusable_executor().shutdown(kill_workers=True)
+        raise
 
 
 @contextmanager
@@ -451,7 +620,9 @@ def rounds_bar(runs: list[tuple[Config, Path]]):
 
     finished = Event()
     total = sum(config.rounds for config, _ in runs)
-    with tqdm(total=total, unit="round", desc=f"{len(runs)} runs", disable=None, dynamic_ncols=True) as bar:
+    done = sum(rows(folder) for _, folder in runs)
+    about = {"unit": "round", "desc": f"{len(runs)} runs", "disable": None, "dynamic_ncols": True}
+    with tqdm(total=total, initial=done, **about) as bar:
         watcher = Thread(target=watch)
         watcher.start()
         try:
@@ -473,20 +644,17 @@ def start_round(text: str) -> int | None:
 def make_parser() -> argparse.ArgumentParser:
     about = "Simulate federated learning under label flipping, with Model Anomaly Detection (MAD)."
     parser = argparse.ArgumentParser(description=about, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.error = lambda message: parser.exit(2, f"madsim: {message}\n")
+    parser.error = lambda message: parser.exit(2, f"madsim: {' '.join(message.split())}\n")
     add_options(parser.add_argument_group("a run"), Config)
     several = parser.add_argument_group("several runs, and where they go")
     several.add_argument("--seeds", type=int, metavar="N", help="run N seeds, from --seed on")
     several.add_argument("--experiment", choices=[*EXPERIMENTS, "paper"], help="a figure of the paper, or all of them")
-    several.add_argument(
-        "--jobs", type=int, default=os.cpu_count(), metavar="N", help="processes [default: one a core]"
-    )
-    several.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="[default: results]")
-    several.add_argument("--overwrite", action="store_true", default=False, help="replace run folders that exist")
+    several.add_argument("--jobs", type=int, metavar="N", help="processes [default: one a core]")
+    several.add_argument("--out", type=Path, metavar="DIR", help="[default: results]")
+    several.add_argument("--overwrite", action="store_true", help="replace run folders that exist")
+    several.add_argument("--resume", type=Path, nargs="+", metavar="DIR", help="go on with runs that were cut short")
     mad = parser.add_argument_group("MAD")
-    mad.add_argument(
-        "--preset", choices=PRESETS, default="paper", help="where MAD's defaults come from [default: paper]"
-    )
+    mad.add_argument("--preset", choices=PRESETS, help="where MAD's defaults come from [default: paper]")
     add_options(mad, Settings)
     return parser
 
@@ -511,59 +679,109 @@ def add_options(group, of: type) -> None:
         )
 
 
-def plan(args: argparse.Namespace) -> list[tuple[Config, Path]]:
-    """The runs that the command line asks for, each with its folder."""
-    given = vars(args)
+def plan(given: dict) -> list[tuple[Config, Path]]:
+    """The new runs that the command line asks for by the options `given`, each with its folder."""
     for name in ("seeds", "jobs"):
-        if given.get(name, 1) < 1:
-            raise ValueError(f"{name} {given[name]} must be at least 1")
-    settings = replace(PRESETS[args.preset], **{f.name: given[f.name] for f in fields(Settings) if f.name in given})
-    own = {f.name: given[f.name] for f in fields(Config) if f.name in given and f.name != "mad_start"}
-    base = Config(**own, settings=settings)
+        if not 1 <= given.get(name, 1) <= MOST_RUNS:
+            raise ValueError(f"{name} {given[name]} must be at least 1 and at most {MOST_RUNS}")
+    base, out = configure(given, Config()), given.get("out", Path("results"))
     seeds = range(base.seed, base.seed + given.get("seeds", 1))
     if "experiment" in given:
         if "mad_start" in given:
-            raise ValueError(f"experiment {args.experiment} sets its own MAD starts; leave out --mad-start")
-        names = EXPERIMENTS if args.experiment == "paper" else [args.experiment]
-        groups = {args.out / name: experiment(name, base, given.get("rounds")) for name in names}
+            raise ValueError(f"experiment {given['experiment']} sets its own MAD starts; leave out --mad-start")
+        names = EXPERIMENTS if given["experiment"] == "paper" else [given["experiment"]]
+        groups = {out / name: experiment(name, base, given.get("rounds")) for name in names}
     else:
-        groups = {args.out: [replace(base, mad_start=start) for start in dict.fromkeys(given.get("mad_start", [None]))]}
+        groups = {out: [replace(base, mad_start=start) for start in dict.fromkeys(given.get("mad_start", [None]))]}
     configs = [(replace(c, seed=seed), folder) for folder, cs in groups.items() for seed in seeds for c in cs]
     return [(config, folder / run_name(config)) for config, folder in configs]
+
+
+def configure(given: dict, base: Config) -> Config:
+    """`base` with the options `given`, the MAD starts aside."""
+    settings = PRESETS[given["preset"]] if "preset" in given else base.settings
+    settings = replace(settings, **{f.name: given[f.name] for f in fields(Settings) if f.name in given})
+    own = {f.name: given[f.name] for f in fields(Config) if f.name in given and f.name != "mad_start"}
+    return replace(base, **own, settings=settings)
+
+
+def plan_resumed(given: dict) -> list[tuple[Config, Path]]:
+    """The runs of the folders given by --resume, with the settings that they were begun with.
+
+    Another option may stand beside it if it says the same; ValueError if not, and for options that belong to new runs.
+    """
+    for name in ("seeds", "experiment", "overwrite", "out"):
+        if name in given:
+            raise ValueError(f"--resume goes on with runs that are there; leave out --{name}")
+    runs = {folder: read_config(folder) for folder in given["resume"]}
+    for folder, begun in runs.items():
+        runs[folder] = configure(given, begun)
+        starts = {"mad_start": given.get("mad_start", [begun.mad_start])}
+        refuse_changes(folder, identity(begun) | {"mad_start": [begun.mad_start]}, identity(runs[folder]) | starts)
+    return [(config, folder) for folder, config in runs.items()]
 
 
 def refuse_folders(folders: list[Path], overwrite: bool) -> None:
     """ValueError if a run's folder exists, unless it may be replaced and is indeed a run's."""
     for folder in folders:
         if folder.exists() and not overwrite:
-            raise ValueError(f"{folder} exists; use --overwrite to replace it, or another --out")
-        if folder.exists() and not (folder / "config.json").is_file():
+            way_out = "; --resume goes on with it" if unfinished([folder]) else ""
+            raise ValueError(f"{folder} exists; use --overwrite to replace it, or another --out{way_out}")
+        # One that was killed as it was made may hold nothing yet, or half a config.json.
+        begun = folder.is_dir() and all(path.name.startswith("config.json") for path in folder.iterdir())
+        if folder.exists() and not begun and not (folder / "config.json").is_file():
             raise ValueError(f"{folder} exists and is not a run's folder; it is not replaced")
+
+
+def unfinished(folders: list[Path]) -> list[Path]:
+    """Those of the folders that hold a run which was cut short and can be resumed."""
+
+    def complete(folder: Path) -> bool:
+        with suppress(OSError, ValueError):
+            return read_json(folder / "summary.json").get("complete") is True
+        return False
+
+    return [folder for folder in folders if (folder / CHECKPOINT).is_file() and not complete(folder)]
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
-    args = parser.parse_args(argv)
+    given = vars(parser.parse_args(argv))
+    resume, folders, begun = "resume" in given, [], False
     try:
-        runs = plan(args)
+        runs = plan_resumed(given) if resume else plan(given)
         folders = [folder for _, folder in runs]
-        refuse_folders(folders, args.overwrite)
+        if not resume:
+            refuse_folders(folders, "overwrite" in given)
         dataset = data.load(runs[0][0].dataset, runs[0][0].data_root)
-        World(runs[0][0], dataset)  # what can't be run is refused before an earlier run's folder is touched
-        for folder in folders:
+        gather(runs[0][0], dataset)  # what can't be run is refused before an earlier run's folder is touched
+        for folder in folders if not resume else []:
             shutil.rmtree(folder, ignore_errors=True)
         introduce(runs, dataset)
-        results = simulate_all(runs, dataset, args.jobs)
-    except (ValueError, OSError, FloatingPointError) as error:
+        begun = True
+        results = simulate_all(runs, dataset, given.get("jobs", os.cpu_count()), resume)
+    except BrokenExecutor:
+        parser.error(f"a run's process was killed{way_on(folders)}")
+    except (ValueError, FloatingPointError) as error:
         parser.error(str(error))
-    except KeyboardInterrupt:  # a single run ends in order by itself; here others were cut short
-        print(f"\nmadsim: stopped; what was written is kept in {args.out}", file=sys.stderr)
+    except (OSError, MemoryError) as error:
+        parser.error(f"{error}{way_on(folders) if begun else ''}")
+    except KeyboardInterrupt:  # a single run ends in order by itself; here it had not begun, or others were cut short
+        print(f"\nmadsim: stopped{way_on(folders)}", file=sys.stderr)
         return 130
     for result, (_, folder) in zip(results, runs):
         report(result, folder)
-    where = runs[0][1] if len(runs) == 1 else args.out
+    where = folders[0] if len(runs) == 1 else os.path.commonpath(folders)
     print(f"Figures      python plot.py {where}")
     return 0 if all(result.summary["complete"] for result in results) else 130
+
+
+def way_on(folders: list[Path]) -> str:
+    """How to go on with those of the runs that were begun and not finished, and which were not even begun."""
+    cut_short, absent = unfinished(folders), [str(folder) for folder in folders if not folder.exists()]
+    not_begun = f"; not begun: {', '.join(absent)}" if absent and len(folders) > 1 else ""
+    command = shlex.join(["python", "madsim.py", "--resume", *map(str, cut_short)])
+    return not_begun + (f"; go on with: {command}" if cut_short else "")
 
 
 def introduce(runs: list[tuple[Config, Path]], dataset: data.Dataset) -> None:
@@ -583,9 +801,9 @@ def report(result: Result, folder: Path) -> None:
     s, rounds = result.summary, result.rounds
     print(f"\n{folder}" + (f"  (phantom images: {s['note']})" if s.get("note") else ""))
     if rounds.empty:
-        return print("Stopped before the first round ended.")
+        return print(f"Stopped      before the first round ended{way_on([folder])}")
     if not s["complete"]:
-        print(f"Stopped      after round {len(rounds)} of {result.config.rounds}; what was written is kept")
+        print(f"Stopped      after round {len(rounds)} of {result.config.rounds}{way_on([folder])}")
     for client, t in s["excluded"].items():
         kind = "attacker" if client in s["malicious"] else "HONEST"
         why = ", submitted NaN or infinity" if client in s["nonfinite"] else ""
@@ -607,4 +825,13 @@ def report(result: Result, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends a run as Ctrl-C does
+    try:
+        try:
+            status = main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    sys.exit(status)

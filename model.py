@@ -1,8 +1,8 @@
 """The client side: the network, all clients' local training at once, attacks on what a client submits.
 
-Everything is written for one client. `train_clients` lifts it to all of them with `torch.func.vmap`
-(`method="stacked"`), or trains them one after another with `torch.optim.Adam` (`method="loop"`): the plain twin
-of the fast way, equal to it up to rounding.
+Network and training are written for one client. `train_clients` lifts them to all with `torch.func.vmap`
+(`method="stacked"`), or trains one after another with `torch.optim.Adam` (`method="loop"`): the plain twin of the
+fast way, equal to it up to rounding. `Clients` are those of a run, with their data: what a round asks of them.
 
 Shapes: C clients, S steps, B batch, P parameters, n images; ci and co channels in and out, k kernel size.
 """
@@ -196,8 +196,10 @@ def draw_batches(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The clients' batches of image numbers, int64 [C, S, B], and dropout factors, float32 [C, S, B, 96].
 
-    A batch that is short, or that a client with fewer images does not have, is filled up with -1.
+    A batch that is short, or that a client with fewer images does not have, is filled up with -1. B is the batch
+    size, or how many images the clients have if that is less.
     """
+    batch_size = min(batch_size, max(map(len, members)))
     steps = [epochs * -(-len(own) // batch_size) for own in members]
     numbers = np.full((len(members), max(steps), batch_size), -1)
     keep = np.ones((*numbers.shape, sum(HIDDEN)), np.float32)
@@ -375,3 +377,76 @@ def submit_nan(W: Tensor, w: Tensor, rng: np.random.Generator) -> Tensor:
 # name -> attack(W [m, P], w [P], rng) -> [m, P]: what the m malicious clients submit instead of their trained
 # weights W, knowing the global weights w that they got.
 ATTACKS: dict[str, Callable[[Tensor, Tensor, np.random.Generator], Tensor]] = {"nan": submit_nan}
+
+
+# ---------------------------------------------------------------- the clients of a run
+
+
+class Clients:
+    """The clients of a run and their data on the device: what a round asks of them.
+
+    `train` is the images uint8 [n, 28, 28] and labels int64 [n], as the clients see them, of which `shares` has, for
+    each client, the numbers it trains on (`train`) and validates on (`validation`), and whether it is `malicious`;
+    `test` the test images and labels. `seed` and `attack` determine what is drawn and what malicious clients submit,
+    `training` is `train_clients`'. Raises ValueError for the device cuda where there is none.
+    """
+
+    def __init__(
+        self, train, test, shares: Sequence, *, seed: int, attack: str, device: str, threads: int | None, **training
+    ):
+        self.shares, self.seed, self.attack_name, self.training = shares, seed, attack, training
+        self.device = pick_device(device)
+        if threads:
+            torch.set_num_threads(threads)
+        self.threads = torch.get_num_threads()
+        self.malicious = np.array([share.malicious for share in shares])  # [C]
+        self.sizes = np.array([len(share.train) for share in shares])  # [C]
+        self.images, self.labels = self.tensors(*train)
+        # What every round evaluates in one pass: the test images, then the clients' own validation images.
+        test_images, self.test_labels = self.tensors(*test)
+        own = np.concatenate([share.validation for share in shares])
+        self.own_labels = self.labels[own]
+        self.owner = np.repeat(np.arange(len(shares)), [len(share.validation) for share in shares])
+        self.evaluated = lay_out(torch.cat([test_images, self.images[own]]))
+
+    def tensors(self, images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Images [n, 1, 28, 28] scaled to [-1, 1] (testbed) and labels [n], on the device."""
+        scaled = torch.tensor(images, device=self.device).float().div(127.5).sub(1)[:, None]
+        return scaled, torch.tensor(labels, device=self.device)
+
+    def send(self, w: np.ndarray) -> Tensor:
+        """Global weights w [P] from the server to the clients' device."""
+        return torch.from_numpy(w).to(self.device)
+
+    def train(self, w: Tensor, asked: np.ndarray, t: int) -> tuple[Tensor, np.ndarray]:
+        """Round t's local training of the clients `asked` [C]: (their models [n, P], mean training loss [C])."""
+        who = np.flatnonzero(asked)
+        rngs = [np.random.default_rng([self.seed, t, client, 1]) for client in who]
+        members = [self.shares[client].train for client in who]
+        W, loss = train_clients(w, self.images, self.labels, members, rngs, **self.training)
+        losses = np.full(len(asked), np.nan)
+        losses[who] = loss.cpu().numpy()
+        return W, losses
+
+    def attack(self, W: Tensor, w: Tensor, asked: np.ndarray, t: int) -> np.ndarray:
+        """The submissions [C, P] as the server gets them; NaN rows of clients that were not asked."""
+        bad = self.malicious[asked]
+        if self.attack_name in ATTACKS and bad.any():
+            rng = np.random.default_rng([self.seed, t, 2])
+            W[bad] = ATTACKS[self.attack_name](W[bad], w, rng)
+        submitted = np.full((len(asked), W.shape[1]), np.nan, np.float32)
+        submitted[asked] = W.cpu().numpy()
+        return submitted
+
+    def evaluate(self, w: Tensor) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
+        """Loss and accuracy [C] on the clients' own validation data, and the metrics on the test set."""
+        logits, n = predict(w, self.evaluated), len(self.test_labels)
+        test, own = logits[:n], logits[n : n + len(self.own_labels)]
+        return *metrics_by_client(own, self.own_labels, self.owner), metrics(test, self.test_labels)
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device of `--device`; ValueError for cuda where there is none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda: this machine has 0 usable CUDA devices; use --device cpu or auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

@@ -33,14 +33,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import model
-from madsim import Config, World, simulate, simulate_all
+from madsim import Config, gather, simulate, simulate_all
+from model import Clients
 
 MATRIX = 2048  # rows and columns of the product whose rate is the machine's
 PARTS = {  # what a round consists of, and the functions that do it
-    "local training": [(World, "train"), (World, "attack")],
-    "evaluation": [(World, "evaluate")],
+    "local training": [(Clients, "train"), (Clients, "attack")],
+    "evaluation": [(Clients, "evaluate")],
     "scoring": [(madsim, "mad_step")],
-    "averaging": [(madsim, "aggregate"), (World, "send")],
+    "averaging": [(madsim, "aggregate"), (Clients, "send")],
     "writing": [(madsim.Log, "__call__")],
 }
 CLIENTS, IMAGES = (10, 100, 1000), (1, 2, 4)  # of --scale: clients, and how often the training images are repeated
@@ -70,7 +71,7 @@ def product_rate() -> float:
     return 2 * MATRIX**3 / timed(lambda: matrix @ matrix)
 
 
-def flops(world: World) -> tuple[float, float]:
+def flops(clients: Clients) -> tuple[float, float]:
     """Floating-point operations of the plain network in a round: local training, evaluation."""
 
     def of_an_image(backward: bool) -> int:
@@ -80,7 +81,8 @@ def flops(world: World) -> tuple[float, float]:
                 F.cross_entropy(logits, torch.zeros(1, dtype=torch.int64)).backward()
         return counter.get_total_flops()
 
-    return of_an_image(True) * world.sizes.sum(), of_an_image(False) * (len(world.test_labels) + len(world.own_labels))
+    evaluated = len(clients.test_labels) + len(clients.own_labels)
+    return of_an_image(True) * clients.sizes.sum(), of_an_image(False) * evaluated
 
 
 @contextmanager
@@ -130,7 +132,7 @@ def bench_round(turns: int) -> None:
     The floor: the same floating-point operations at this machine's own rate for a large matrix product.
     """
     dataset = data.load("phantom")
-    training, evaluation = flops(World(Config(), dataset))
+    training, evaluation = flops(gather(Config(), dataset))
     for method in model.METHODS:
         run(2, dataset, method=method)  # warm up
     seconds, calls, floors = defaultdict(list), defaultdict(list), []
@@ -155,7 +157,7 @@ def bench_round(turns: int) -> None:
 def bench_run(turns: int) -> None:
     """The whole default run, 1000 rounds of ten clients, against its floor, start-up included."""
     dataset = data.load("phantom")
-    training, evaluation = flops(World(Config(), dataset))
+    training, evaluation = flops(gather(Config(), dataset))
     rates = [product_rate() for _ in range(turns)]
     start = time.perf_counter()
     summary = run(1000, dataset)
@@ -209,7 +211,7 @@ def bench_jobs(turns: int) -> None:
     def all_of(jobs: int, threads: int | None) -> float:
         with tempfile.TemporaryDirectory() as folder:
             runs = [(replace(config, threads=threads), Path(folder) / str(config.seed)) for config in several]
-            return timed(lambda: simulate_all(runs, dataset, jobs))
+            return timed(lambda: simulate_all(runs, dataset, jobs, resume=False))
 
     simulate(Config(rounds=2), dataset=dataset)  # warm up
     heading(f"{JOBS_RUNS} runs of {JOBS_ROUNDS} rounds, start-up of the processes included")

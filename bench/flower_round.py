@@ -16,14 +16,14 @@ from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
 
 import data
-from madsim import Config, World
-from model import evaluate, initial_weights, train_clients
+from madsim import Config, gather
+from model import Clients, evaluate, initial_weights, train_clients
 
 
 @cache
-def world() -> World:
-    """The clients' data, made once in every process that Flower starts."""
-    return World(Config(), data.load("phantom"))
+def clients() -> Clients:
+    """The clients with their data, made once in every process that Flower starts."""
+    return gather(Config(), data.load("phantom"))
 
 
 def weights_of(arrays: ArrayRecord) -> torch.Tensor:
@@ -36,7 +36,7 @@ def seconds_per_round(rounds: int) -> list[float]:
 
     @client_app.train()
     def train(message: Message, context: Context) -> Message:
-        here, client = world(), int(context.node_config["partition-id"])
+        here, client = clients(), int(context.node_config["partition-id"])
         own = here.shares[client].train
         W, loss = train_clients(
             weights_of(message.content["arrays"]), here.images, here.labels, [own], [np.random.default_rng(client)],
@@ -48,7 +48,7 @@ def seconds_per_round(rounds: int) -> list[float]:
 
     @client_app.evaluate()
     def validate(message: Message, context: Context) -> Message:
-        here = world()
+        here = clients()
         own = here.shares[int(context.node_config["partition-id"])].validation
         result = evaluate(weights_of(message.content["arrays"]), here.images[own], here.labels[own])
         metrics = MetricRecord({name: result[name] for name in ("loss", "accuracy")} | {"num-examples": len(own)})
@@ -56,8 +56,8 @@ def seconds_per_round(rounds: int) -> list[float]:
 
     @server_app.main()
     def serve(grid: Grid, context: Context) -> None:
-        dataset = world().dataset
-        images, labels = world().tensors(dataset.test_images, dataset.test_labels)
+        dataset = data.load("phantom")
+        images, labels = clients().tensors(dataset.test_images, dataset.test_labels)
 
         def test(t: int, arrays: ArrayRecord) -> MetricRecord:  # after every round, and once before the first
             result = evaluate(weights_of(arrays), images, labels)
@@ -66,5 +66,5 @@ def seconds_per_round(rounds: int) -> list[float]:
 
         FedAvg().start(grid, ArrayRecord([initial_weights(0).numpy()]), num_rounds=rounds, evaluate_fn=test)
 
-    run_simulation(server_app, client_app, num_supernodes=len(world().shares))
+    run_simulation(server_app, client_app, num_supernodes=len(clients().shares))
     return np.diff(marks).tolist()

@@ -33,6 +33,8 @@ def shortened(command: str) -> list[str]:
         return [*words, "-n", "1"]
     if words[1] != "madsim.py" or words[2:] == ["--help"]:
         return words
+    if "--resume" in words:  # the main job's folder, under the name that it has here
+        return [*words[:-1], str(next(Path("results").glob("mad*")))]
     rounds = int(words[words.index("--rounds") + 1]) if "--rounds" in words else 1000
     if "--rounds" in words:
         del words[words.index("--rounds") : words.index("--rounds") + 2]
@@ -98,7 +100,12 @@ def test_the_readmes_python_runs(block, phantom, monkeypatch):
                 del registry[name]
 
 
-def test_the_readmes_figures_and_links_are_there():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in sorted((HERE / "docs").glob("*.md")))])
+def test_links_and_the_tests_that_are_named_are_there(page):
+    text = (HERE / page).read_text()
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
         if not target.startswith("http"):
-            assert (HERE / target).exists(), target
+            assert (HERE / page).parent.joinpath(target).exists(), target
+    tests = "".join(path.read_text() for path in (HERE / "tests").glob("test_*.py"))
+    for name in re.findall(r"`(test_\w+)`", text):
+        assert f"def {name}(" in tests, name

@@ -1,0 +1,899 @@
+"""What docs/reliability.md promises: runs that are killed, stopped or run out of disk; hostile clients, files and
+command lines."""
+
+import io
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+import zlib
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import data
+import madsim
+import model
+import trust
+from madsim import Config, main, read_config, simulate
+from trust import PRESETS, aggregate, initial_state, mad_step
+
+HERE = Path(__file__).resolve().parents[1]
+CSV = ("rounds.csv", "clients.csv")
+
+
+@pytest.fixture(scope="module")
+def tiny() -> data.Dataset:
+    """200 images that show nothing: a round takes some 15 ms."""
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (240, 28, 28), np.uint8), rng.integers(0, 2, 240)
+    return data.Dataset(images[:200], labels[:200], images[200:], labels[200:], name="tiny", md5="none")
+
+
+@pytest.fixture
+def quick(tiny, monkeypatch):
+    """The command line finds the tiny data set where it looks for the phantom."""
+    monkeypatch.setattr(data, "phantom", lambda seed=0, note="": replace(tiny, note=note))
+
+
+def csv_bytes(folder: Path) -> list[bytes]:
+    return [(folder / name).read_bytes() for name in CSV]
+
+
+def stop_in(monkeypatch, round_: int, stop) -> None:
+    """`stop()` is called in the middle of that round of every run that follows."""
+    mad_step_itself = madsim.mad_step
+
+    def step(W, state, t, *rest):
+        if t == round_:
+            stop()
+        return mad_step_itself(W, state, t, *rest)
+
+    monkeypatch.setattr(madsim, "mad_step", step)
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+@pytest.fixture
+def stopped(tiny, tmp_path, monkeypatch) -> tuple[Path, Path]:
+    """Folders of a run that was stopped in round 4 of 6, and of the same run that never was."""
+    config = Config(rounds=6, mad_start=3, dataset="phantom")
+    simulate(config, tmp_path / "whole", dataset=tiny)
+    with monkeypatch.context() as patch:
+        stop_in(patch, 4, interrupt)
+        result = simulate(config, tmp_path / "stopped", dataset=tiny)
+    assert not result.summary["complete"] and len(result.rounds) == 3
+    return tmp_path / "stopped", tmp_path / "whole"
+
+
+def resume(folder: Path, dataset: data.Dataset) -> madsim.Result:
+    return simulate(read_config(folder), folder, dataset=dataset, resume=True)
+
+
+def refusal(capsys, *arguments: str | Path) -> str:
+    """The one line with which the command line refuses these arguments."""
+    with pytest.raises(SystemExit) as stop:
+        main(list(map(str, arguments)))
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("madsim: ") and captured.err.count("\n") == 1
+    return captured.err
+
+
+# ---------------------------------------------------------------- killed
+
+# Runs that kill themselves with SIGKILL: at a moment of their own work, counted, or after some seconds (a number).
+# They are forks of a process that has trained a round before, which saves every one of them some seconds.
+KILLED = """
+import json, os, signal, sys, threading
+import numpy as np
+import data, madsim
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def on_call(owner, name, count, act):
+    # In its `count`-th call the function is replaced by `act`.
+    function, calls = getattr(owner, name), []
+    def call(*args):
+        calls.append(args)
+        return act(function, *args) if len(calls) == count else function(*args)
+    setattr(owner, name, call)
+
+def half_a_row(write, table, rows):
+    line = ",".join(map(str, rows[0]))
+    table.file.write(line[: len(line) // 2].encode())
+    table.file.flush()
+    die()
+
+def prepare(moment, count):
+    if moment == "half a row":
+        on_call(madsim.Table, "_write", count, half_a_row)
+    elif moment == "between two rows":
+        on_call(madsim.Table, "append", count, lambda append, *args: (append(*args), die()))
+    elif moment == "checkpoint unfinished":
+        on_call(os, "fsync", count, lambda fsync, number: die())
+    elif moment == "before the checkpoint's name":
+        on_call(os, "replace", count, lambda rename, *paths: die())
+    elif moment == "after the checkpoint's name":
+        on_call(os, "replace", count, lambda rename, *paths: (rename(*paths), die()))
+    else:
+        threading.Timer(float(moment), die).start()
+
+arrays, folder, moments = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+madsim.CHECKPOINT_SECONDS = 0.05
+with np.load(arrays) as found:
+    dataset = data.Dataset(*(found[name] for name in ("a", "b", "c", "d")), name="tiny", md5="none")
+madsim.simulate(madsim.Config(rounds=1, malicious=0.0), dataset=dataset)
+for i, (moment, count) in enumerate(moments):
+    process = os.fork()
+    if not process:
+        prepare(moment, count)
+        madsim.simulate(madsim.Config(rounds=80, mad_start=30), os.path.join(folder, str(i)), dataset=dataset)
+        os._exit(0)
+    print(os.waitpid(process, 0)[1], flush=True)
+"""
+MOMENTS = [  # and the how manieth of its kind; a checkpoint syncs three files, config.json is the first that is renamed
+    ("half a row", 2 * 40 + 3), ("half a row", 2 * 3 + 4),  # of rounds.csv, of clients.csv
+    ("between two rows", 2 * 25 + 1), ("checkpoint unfinished", 1 + 3 * 3), ("checkpoint unfinished", 1 + 3 * 3 + 1),
+    ("before the checkpoint's name", 5), ("after the checkpoint's name", 5),
+]  # fmt: skip
+
+
+def test_a_kill_at_any_moment_loses_nothing_for_good(tiny, tmp_path):
+    """SIGKILL while a row or a checkpoint is written and at random moments: the run that goes on gives the bytes of
+    the run that was never killed."""
+    arrays = (tiny.train_images, tiny.train_labels, tiny.test_images, tiny.test_labels)
+    np.savez(tmp_path / "arrays.npz", **dict(zip("abcd", arrays)))
+    seed = time.time_ns()
+    print(f"random moments of seed {seed}")  # shown if the test fails
+    moments = MOMENTS + [(f"{seconds:.3f}", 0) for seconds in np.random.default_rng(seed).uniform(0, 0.9, 5)]
+    runs = subprocess.Popen(
+        [sys.executable, "-c", KILLED, tmp_path / "arrays.npz", tmp_path, json.dumps(moments)],
+        cwd=HERE, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    simulate(Config(rounds=80, mad_start=30), tmp_path / "whole", dataset=tiny)
+    whole, rounds = csv_bytes(tmp_path / "whole"), []
+    assert [int(line) for line in runs.communicate()[0].split()] == [signal.SIGKILL] * len(moments)
+    for i, (moment, _) in enumerate(moments):
+        folder = tmp_path / str(i)
+        if not (folder / "checkpoint.npz").exists():  # killed before its first round
+            assert not (folder / CSV[1]).exists() or b"\n1," not in (folder / CSV[1]).read_bytes()
+            continue
+        with np.load(folder / "checkpoint.npz", allow_pickle=False) as checkpoint:
+            rounds.append(int(checkpoint["round"]))
+        result = resume(folder, tiny)
+        assert csv_bytes(folder) == whole, moment
+        assert result.summary["complete"] and not list(folder.glob("*.part"))
+    assert sum(0 < t < 80 for t in rounds) > len(rounds) / 2  # most went on from the middle
+
+
+def test_rows_beyond_the_checkpoint_and_a_torn_last_one_are_dropped(stopped, tiny):
+    folder, whole = stopped
+    expected = csv_bytes(whole)
+    for name, content in zip(CSV, expected):
+        (folder / name).write_bytes(content[: int(len(content) * 0.9)])  # round 6 begun, its last row torn
+        assert not (folder / name).read_bytes().endswith(b"\n")
+    resume(folder, tiny)
+    assert csv_bytes(folder) == expected
+
+
+def test_a_resumed_run_gives_the_result_of_the_whole_one(stopped, tiny, tmp_path):
+    folder, _ = stopped
+    resumed, whole = resume(folder, tiny), simulate(Config(rounds=6, mad_start=3), dataset=tiny)
+    for name in ("rounds", "clients"):
+        assert getattr(resumed, name).equals(getattr(whole, name))
+        assert (getattr(resumed, name).dtypes == getattr(whole, name).dtypes).all()
+    assert (resumed.weights == whole.weights).all()
+    timeless = [
+        {name: value for name, value in result.summary.items() if not name.startswith("seconds")}
+        for result in (resumed, whole)
+    ]
+    assert timeless[0] == timeless[1]
+    (record,) = json.loads((folder / "config.json").read_text())["resumed"]
+    assert record["after_round"] == 3 and set(record) == {"after_round", "command", "git", "versions", "machine"}
+
+
+def test_a_complete_run_is_left_as_it_is(stopped, tiny):
+    _, whole = stopped
+    before = {path.name: path.read_bytes() for path in whole.iterdir() if path.suffix in (".csv", ".json")}
+    result = resume(whole, tiny)
+    assert result.summary["complete"] and len(result.rounds) == 6
+    assert {name: (whole / name).read_bytes() for name in before} == before
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(0, 7), (1e9, 2)])
+def test_checkpoints_come_by_the_clock(seconds, expected, tiny, tmp_path, monkeypatch):
+    """Before the first round, after every round that ends so long after the last one, and at the end."""
+    saved, save = [], madsim.Log.save
+    monkeypatch.setattr(madsim, "CHECKPOINT_SECONDS", seconds)
+    monkeypatch.setattr(madsim.Log, "save", lambda log: saved.append(save(log)))
+    simulate(Config(rounds=5), tmp_path / "run", dataset=tiny)
+    assert len(saved) == expected
+
+
+# ---------------------------------------------------------------- stopped by a signal, or by the disk
+
+
+@pytest.fixture(scope="module")
+def phantom_run(phantom, tmp_path_factory) -> Path:
+    """The folder of a run of 15 rounds on the phantom, MAD from round 8."""
+    config = Config(rounds=15, mad_start=8, dataset="phantom")
+    folder = tmp_path_factory.mktemp("whole") / madsim.run_name(config)
+    simulate(config, folder, dataset=phantom)
+    return folder
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_leaves_a_folder_that_can_be_resumed_and_says_how(number, phantom_run, tmp_path, capsys):
+    words = ["--rounds", "15", "--mad-start", "8", "--dataset", "phantom", "--out", tmp_path]
+    process = subprocess.Popen(
+        [sys.executable, HERE / "madsim.py", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    folder = tmp_path / phantom_run.name
+    rounds, deadline = folder / CSV[0], time.time() + 60
+    while time.time() < deadline and not (rounds.exists() and rounds.read_bytes().count(b"\n") > 3):
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    written = rounds.read_bytes().count(b"\n") - 1
+    assert process.returncode == 130 and "Traceback" not in err
+    assert json.loads((folder / "summary.json").read_text())["complete"] is False
+    assert f"Stopped      after round {written} of 15; go on with: python madsim.py --resume {folder}\n" in out
+    assert main(["--resume", str(folder)]) == 0
+    assert "(attacker) in round 8" in capsys.readouterr().out
+    assert csv_bytes(folder) == csv_bytes(phantom_run)
+
+
+def test_a_run_stopped_before_its_first_round_ends_can_be_resumed(tiny, quick, tmp_path, capsys, monkeypatch):
+    words = ["--rounds", "3", "--dataset", "phantom", "--out", str(tmp_path)]
+    folder = tmp_path / "nomad-rounds3-phantom-s0"
+    with monkeypatch.context() as patch:
+        stop_in(patch, 1, interrupt)
+        assert main(words) == 130
+    assert f"before the first round ended; go on with: python madsim.py --resume {folder}" in capsys.readouterr().out
+    assert main(["--resume", str(folder)]) == 0
+    assert (folder / CSV[0]).read_bytes().count(b"\n") == 4
+
+
+def test_several_runs_are_resumed_at_once_in_any_number_of_processes(quick, tmp_path, monkeypatch):
+    """Whole in two processes, and stopped one by one and resumed in this one: the same bytes."""
+    words = ["--rounds", "5", "--clients", "4", "--malicious", "0.25", "--dataset", "phantom"]
+    assert main([*words, "--mad-start", "2", "never", "--jobs", "2", "--out", str(tmp_path / "whole")]) == 0
+    folders = [tmp_path / "cut" / path.name for path in sorted((tmp_path / "whole").iterdir())]
+    with monkeypatch.context() as patch:
+        stop_in(patch, 3, interrupt)
+        for start in ("2", "never"):
+            assert main([*words, "--mad-start", start, "--out", str(tmp_path / "cut")]) == 130
+    assert main(["--resume", *map(str, folders), "--jobs", "1"]) == 0
+    for folder in folders:
+        assert csv_bytes(folder) == csv_bytes(tmp_path / "whole" / folder.name)
+    threads = [json.loads((folder / "config.json").read_text()) for folder in folders]
+    assert all(about["resumed"][0]["machine"]["threads"] == os.cpu_count() for about in threads)
+
+
+def test_a_killed_process_of_several_is_one_line(stopped, quick, capsys, monkeypatch):
+    """As when the memory runs out; joblib then says so by this error."""
+    folder, _ = stopped
+
+    def broken(*_):
+        raise BrokenProcessPool("a long\nexplanation")
+
+    monkeypatch.setattr(madsim, "simulate_all", broken)
+    assert refusal(capsys, "--resume", folder) == (
+        f"madsim: a run's process was killed; go on with: python madsim.py --resume {folder}\n"
+    )
+
+
+def check_it_ended_in_one_line_and_goes_on(folder, whole, run, repair, reason, capsys):
+    """`run` fails for want of disk and says so and how to go on; after `repair` it goes on to the same bytes."""
+    with pytest.raises(SystemExit) as stop:
+        run()
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1
+    assert reason in err and f"; go on with: python madsim.py --resume {folder}\n" in err
+    with np.load(folder / "checkpoint.npz", allow_pickle=False) as checkpoint:  # intact
+        assert checkpoint["round"] > 0
+    assert csv_bytes(folder)[0].startswith(csv_bytes(whole)[0][:200])
+    repair()
+    assert main(["--resume", str(folder)]) == 0
+    assert csv_bytes(folder) == csv_bytes(whole)
+
+
+LONG = ["--rounds", "80", "--clients", "30", "--dataset", "phantom"]
+
+
+@pytest.fixture(scope="module")
+def long_run(tiny, tmp_path_factory) -> Path:
+    """The folder of a run whose clients.csv outgrows its checkpoint."""
+    config = Config(rounds=80, clients=30, dataset="phantom")
+    folder = tmp_path_factory.mktemp("long") / madsim.run_name(config)
+    simulate(config, folder, dataset=tiny)
+    assert (folder / "clients.csv").stat().st_size > 130_000 > (folder / "checkpoint.npz").stat().st_size
+    return folder
+
+
+def test_a_file_that_may_not_grow_ends_in_one_line(long_run, quick, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(madsim, "CHECKPOINT_SECONDS", 0.1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def run():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, limits[1]))
+        try:
+            main([*LONG, "--out", str(tmp_path)])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    folder = tmp_path / long_run.name
+    check_it_ended_in_one_line_and_goes_on(folder, long_run, run, lambda: None, "File too large", capsys)
+
+
+def mount(*words: str | Path) -> None:
+    """`mount WORDS`; the test is skipped where this process may not."""
+    if subprocess.run(["mount", *words], capture_output=True).returncode:
+        pytest.skip("it takes the privilege to mount a disk")
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of 300 kB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount("-t", "tmpfs", "-o", "size=300k", "tmpfs", place)
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def test_a_full_disk_ends_in_one_line(long_run, quick, disk, capsys, monkeypatch):
+    monkeypatch.setattr(madsim, "CHECKPOINT_SECONDS", 0.1)
+    check_it_ended_in_one_line_and_goes_on(
+        disk / long_run.name, long_run, lambda: main([*LONG, "--out", str(disk)]),
+        lambda: mount("-o", "remount,size=10m", disk), "No space left on device", capsys,
+    )  # fmt: skip
+
+
+def test_a_folder_that_turns_read_only_ends_in_one_line(quick, tmp_path, capsys, monkeypatch):
+    """In round 4: the files that are open could still be written, a checkpoint can't be."""
+    words, name = ["--rounds", "6", "--dataset", "phantom"], "nomad-rounds6-phantom-s0"
+    monkeypatch.setattr(madsim, "CHECKPOINT_SECONDS", 0)
+    assert main([*words, "--out", str(tmp_path / "whole")]) == 0
+    capsys.readouterr()
+    folder = tmp_path / "cut" / name
+
+    def lock_up():
+        mount("--bind", folder, folder)
+        mount("-o", "remount,bind,ro", folder)
+
+    with monkeypatch.context() as patch:
+        stop_in(patch, 4, lock_up)
+        check_it_ended_in_one_line_and_goes_on(
+            folder, tmp_path / "whole" / name, lambda: main([*words, "--out", str(tmp_path / "cut")]),
+            lambda: (subprocess.run(["umount", folder], check=True), patch.undo()), "Read-only file system", capsys,
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------- the same seed, the same bytes
+
+
+def test_runs_of_one_seed_differ_in_nothing_but_their_threads(tiny, tmp_path):
+    """Also in another process and with another number of threads, which config.json states; another seed differs."""
+    threads = torch.get_num_threads()
+    try:
+        for name, options in (("one", {"threads": 1}), ("two", {"threads": 2}), ("other", {"threads": 2, "seed": 1})):
+            simulate(Config(rounds=6, mad_start=3, clients=40, **options), tmp_path / name, dataset=tiny)
+    finally:
+        torch.set_num_threads(threads)
+    one, two, other = (csv_bytes(tmp_path / name) for name in ("one", "two", "other"))
+    assert one == two
+    assert one[0] != other[0] and one[1] != other[1]
+    stated = [json.loads((tmp_path / name / "config.json").read_text())["machine"] for name in ("one", "two")]
+    assert [machine["threads"] for machine in stated] == [1, 2]
+
+
+# ---------------------------------------------------------------- hostile submissions
+
+
+def filled(value: float):
+    return lambda W, w, rng: torch.full_like(W, value)
+
+
+def one_by_one(W, w, rng):
+    """Each four times as far as the one before, so that the farther hides the nearer for a round."""
+    return w + (W - w) * 4.0 ** torch.arange(len(W))[:, None]
+
+
+SUBMISSIONS = {
+    "nan": filled(float("nan")), "infinity": filled(float("inf")), "minus infinity": filled(float("-inf")),
+    "1e30": filled(1e30), "float32's greatest": filled(torch.finfo(torch.float32).max), "zeros": filled(0.0),
+    "one NaN": lambda W, w, rng: torch.cat([W[:, :-1], W.new_full((len(W), 1), float("nan"))], 1),
+    "opposite": lambda W, w, rng: torch.stack([torch.full_like(w, 1e30 * (-1) ** i) for i in range(len(W))]),
+    "noise": lambda W, w, rng: torch.from_numpy(rng.normal(size=W.shape)).to(W),
+    "one by one": one_by_one,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SUBMISSIONS)
+def test_no_submission_gets_in_or_costs_an_honest_client_its_place(name, phantom, monkeypatch):
+    """Four of ten submit it from the first round on; every round ends, the scores hold, the four are out."""
+    monkeypatch.setitem(model.ATTACKS, name, SUBMISSIONS[name])
+    run = simulate(Config(rounds=6, mad_start=1, malicious=0.4, attack=name), dataset=half(phantom))
+    assert run.rounds["round"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert np.isfinite(run.weights).all() and np.isfinite(run.rounds.to_numpy(float)).all()
+    for score in ("d", "reputation", "trust"):
+        assert run.clients[score].dropna().between(0, 1).all()
+    assert run.summary["false_exclusions"] == 0
+    if name == "one by one":  # the first of them submits what it has trained, which is no attack
+        assert [run.summary["excluded"].get(client) for client in run.summary["malicious"]] == [None, 3, 2, 1]
+    else:
+        assert run.summary["true_exclusions"] == 4
+
+
+def half(phantom: data.Dataset) -> data.Dataset:
+    return replace(phantom, train_images=phantom.train_images[::2], train_labels=phantom.train_labels[::2])
+
+
+@pytest.mark.parametrize("name", ["1e30", "noise"])
+def test_without_mad_such_a_submission_ruins_the_model(name, phantom, monkeypatch):
+    """The negative control: the same submissions, averaged."""
+    monkeypatch.setitem(model.ATTACKS, name, SUBMISSIONS[name])
+    config = Config(rounds=4, malicious=0.4, attack=name)
+    try:
+        attacked = simulate(config, dataset=half(phantom)).rounds.test_loss.iloc[-1]
+    except FloatingPointError:  # nobody can train on from there
+        return
+    peace = simulate(replace(config, attack="label_flip", malicious=0.0), dataset=half(phantom))
+    assert not attacked < 2 * peace.rounds.test_loss.iloc[-1]
+
+
+def test_models_without_any_difference_cost_nobody_its_place(tiny):
+    """Zero spread: with a learning rate of 0 everyone submits the global model."""
+    run = simulate(Config(rounds=3, mad_start=1, lr=0.0), dataset=tiny)
+    assert run.summary["excluded"] == {}
+    assert (run.clients.d == 1).all() and (run.clients.trust == 1).all() and (run.clients.distance == 0).all()
+
+
+@pytest.mark.parametrize(("malicious", "seed"), [(0.2, 1), (0.3, 0), (0.4, 0)])
+def test_copies_of_an_honest_model_cost_nobody_its_place(malicious, seed, phantom, monkeypatch):
+    """All malicious clients submit what one honest client does. Counted by heads, each of these cases would cost honest
+    clients their places, as the copies are a cluster without any spread."""
+    attack = model.Clients.attack
+
+    def copy(clients, W, w, asked, t):
+        bad = torch.from_numpy(clients.malicious[asked])
+        W[bad] = W[~bad][0]
+        return attack(clients, W, w, asked, t)
+
+    monkeypatch.setattr(model.Clients, "attack", copy)
+    monkeypatch.setitem(model.ATTACKS, "copy", lambda W, w, rng: W)
+    config = Config(rounds=5, mad_start=1, malicious=malicious, seed=seed, attack="copy")
+    run = simulate(config, dataset=half(phantom))
+    assert run.summary["excluded"] == {} and (run.rounds.active == 10).all()
+    monkeypatch.setattr(trust, "originals", lambda W: np.ones(len(W), bool))
+    assert simulate(config, dataset=half(phantom)).summary["false_exclusions"] > 0  # the negative control
+
+
+def test_a_federation_of_one_client_goes_on(tiny):
+    run = simulate(Config(rounds=3, mad_start=1, clients=1, malicious=0.0), dataset=tiny)
+    assert run.rounds.active.tolist() == [1, 1, 1] and (run.clients.trust == 1).all()
+
+
+def test_one_client_left_of_three_keeps_its_place(tiny, monkeypatch):
+    """The one malicious client goes for its distance, one honest client breaks (NaN); the last one goes on alone."""
+    train = model.Clients.train
+
+    def break_one(clients, w, asked, t):
+        W, losses = train(clients, w, asked, t)
+        honest = np.flatnonzero(~clients.malicious & asked)
+        if t == 3 and len(honest) == 2:
+            W[np.flatnonzero(np.flatnonzero(asked) == honest[0])] = float("nan")
+        return W, losses
+
+    monkeypatch.setattr(model.Clients, "train", break_one)
+    monkeypatch.setitem(model.ATTACKS, "far", filled(1e30))
+    run = simulate(Config(rounds=5, mad_start=1, clients=3, malicious=0.34, attack="far"), dataset=tiny)
+    assert run.rounds.active.tolist() == [2, 2, 1, 1, 1]
+    assert run.rounds[["loss", "test_loss"]].notna().all(axis=None)
+
+
+def rounds_of(seed: int, clients: int, rounds: int) -> list[np.ndarray]:
+    """Submissions [C, 12] of some rounds: a cloud that moves, and some clients apart from it."""
+    rng = np.random.default_rng(seed)
+    apart = np.arange(clients) < rng.integers(0, (clients + 1) // 2)
+    far = rng.uniform(0, 8, (rounds, 1, 1)) * apart[:, None]
+    return list(rng.normal(size=(rounds, clients, 12)) + far + rng.normal(size=(rounds, 1, 12)))
+
+
+def played(submissions: list[np.ndarray], preset: str, mad_start: int):
+    state = initial_state(len(submissions[0]))
+    for t, W in enumerate(submissions, 1):
+        state = mad_step(np.where(state.active[:, None], W, np.nan), state, t, mad_start, PRESETS[preset])
+    return state
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**9), st.integers(3, 9), st.integers(1, 4), st.data())
+def test_the_order_of_the_clients_does_not_matter(seed, clients, mad_start, draw):
+    """Several rounds of MAD, exclusions included: permuted clients get the permuted scores."""
+    submissions, order = rounds_of(seed, clients, 5), list(draw.draw(st.permutations(range(clients))))
+    state, permuted = (played(W, "paper", mad_start) for W in (submissions, [W[order] for W in submissions]))
+    assert (state.active[order] == permuted.active).all()
+    for name in ("distance", "d", "reputation", "trust"):
+        np.testing.assert_allclose(getattr(state, name)[order], getattr(permuted, name), rtol=1e-6, atol=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**9), st.integers(1, 4), st.floats(-100, 100), st.floats(1e-3, 1e3))
+def test_shifting_or_scaling_every_submission_changes_no_score(seed, mad_start, shift, scale):
+    submissions = rounds_of(seed, 7, 5)
+    state, moved = (played(W, "paper", mad_start) for W in (submissions, [W * scale + shift for W in submissions]))
+    assert (state.active == moved.active).all()
+    for name in ("d", "reputation", "trust"):
+        np.testing.assert_allclose(getattr(state, name), getattr(moved, name), rtol=1e-6, atol=1e-6)
+
+
+numbers = st.floats(width=32) | st.sampled_from([0.0, 1e30, -1e30, float("inf"), float("nan")])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.lists(numbers, min_size=3, max_size=3), min_size=2, max_size=7), st.sampled_from(sorted(PRESETS)))
+def test_whatever_is_submitted_the_scores_stay_in_range(rows, preset):
+    """Any float32 at all, for six rounds; or the run says that nobody is left."""
+    W, state = np.array(rows, np.float32), initial_state(len(rows))
+    for t in range(1, 7):
+        try:
+            state = mad_step(W, state, t, 2, PRESETS[preset])
+        except FloatingPointError:
+            assert not np.isfinite(W[state.active]).all(1).any()
+            return
+        scored = ~np.isnan(state.d)
+        assert state.active.any() and scored[state.active].all() and np.isfinite(W[state.active]).all()
+        for scores in (state.d, state.reputation, state.trust):
+            assert (np.isnan(scores) == ~scored).all()
+            assert (scores[scored] >= 0).all() and (scores[scored] <= 1).all()
+        assert np.isfinite(aggregate(W, np.ones(len(W)), state.active)).all()
+
+
+# ---------------------------------------------------------------- hostile files
+
+
+class Pickled:
+    """Unpickling it would write a file."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("unpickled"),)
+
+
+def save_arrays(path: Path, arrays: dict) -> None:
+    np.savez(path, **arrays)
+
+
+def bomb(path: Path, name: str, compressed: bool) -> None:
+    """An npz file of a few kB whose one array is declared to have 8 GB; compressed, it has 100 MB of them."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (2**31,)})
+    kind = zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED
+    with zipfile.ZipFile(path, "w", kind) as file, file.open(f"{name}.npy", "w") as member:
+        member.write(header.getvalue())
+        for _ in range(100 if compressed else 0):
+            member.write(bytes(10**6))
+
+
+def npz_of(images, labels):
+    """The arrays of pneumoniamnist.npz, these in every split."""
+    return {
+        f"{split}_{kind}": a
+        for split in ("train", "val", "test")
+        for kind, a in (("images", images), ("labels", labels))
+    }
+
+
+IMAGES, NAMES = np.zeros((8, 28, 28), np.uint8), np.zeros((8, 1), np.uint8)
+DATA_FILES = {
+    "pickled objects": lambda path: save_arrays(path, npz_of(np.array([Pickled()] * 8, object), NAMES)),
+    "wrong shapes": lambda path: save_arrays(path, npz_of(IMAGES[:, :14], NAMES[:3])),
+    "wrong types": lambda path: save_arrays(path, npz_of(IMAGES.astype(float), NAMES.astype(complex))),
+    "labels outside 0 and 1": lambda path: save_arrays(path, npz_of(IMAGES, NAMES + 7)),
+    "truncated": lambda path: path.write_bytes(b"PK\x03\x04" + bytes(100)),
+    "empty": lambda path: path.write_bytes(b""),
+    "a bomb": lambda path: bomb(path, "train_images", compressed=True),
+    "a bomb's size": lambda path: bomb(path, "train_images", compressed=False),
+}
+
+
+@pytest.mark.parametrize("kind", DATA_FILES)
+def test_a_hostile_data_file_gets_one_line(kind, tmp_path, capsys, monkeypatch):
+    """Nothing but the published bytes is ever opened as a data set: anything else has another MD5."""
+    monkeypatch.chdir(tmp_path)
+    DATA_FILES[kind](tmp_path / data.FILE)
+    monkeypatch.setattr(np, "load", lambda *_, **__: pytest.fail("the file was opened"))
+    line = refusal(capsys, "--data-root", tmp_path, "--out", tmp_path / "out")
+    assert f"{tmp_path / data.FILE} has MD5" in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == [data.FILE]
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"train_images": IMAGES[:, :14]}, r"train_images are uint8 \[8, 14, 28\]; they must be uint8 \[8, 28, 28\]"),
+        ({"train_images": IMAGES.astype(float)}, "train_images are float64"),
+        ({"train_images": IMAGES[:3]}, r"train_images are uint8 \[3, 28, 28\]; they must be uint8 \[8, 28, 28\]"),
+        ({"test_labels": np.zeros(8, np.uint8)}, r"test_labels are uint8 \[8\]; they must be int64 \[8\]"),
+        ({"test_labels": np.array([0, 1, 2, 0, 0, 0, 0, -1])}, "test_labels lie in -1 to 2; they must be 0 or 1"),
+        ({"train_images": IMAGES[:0], "train_labels": np.zeros(0, int)}, "not empty"),
+    ],
+)
+def test_a_data_set_of_ones_own_is_checked(changed, expected):
+    labels = np.zeros(8, int)
+    good = {"train_images": IMAGES, "train_labels": labels, "test_images": IMAGES, "test_labels": labels}
+    data.Dataset(**good, name="own", md5="")
+    with pytest.raises(ValueError, match=expected):
+        data.Dataset(**good | changed, name="own", md5="")
+
+
+def edited(path: Path, **arrays) -> None:
+    """The checkpoint with some of its arrays replaced; None removes one."""
+    with np.load(path) as found:
+        content = dict(found)
+    np.savez(path, **{name: array for name, array in (content | arrays).items() if array is not None})
+
+
+def cut_in_half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def forge_marks(path: Path) -> None:
+    """Right marks, but of files that have no more than their columns' names."""
+    heads = [(path.parent / name).read_bytes().split(b"\n")[0] + b"\n" for name in CSV]
+    edited(path, marks=np.array([(len(head), zlib.crc32(head)) for head in heads]))
+
+
+CHECKPOINTS = {  # how it is damaged, and what the one line says
+    "absent": (Path.unlink, "can't be resumed: it holds no checkpoint.npz; run it again with --overwrite"),
+    "empty": (lambda path: path.write_bytes(b""), "is damaged: "),
+    "no zip": (lambda path: path.write_bytes(b"thesis" * 1000), "is damaged: "),
+    "a bare array": (lambda path: np.save(open(path, "wb"), np.zeros(3)), "is damaged: "),
+    "truncated": (cut_in_half, "is damaged: "),
+    "pickled": (lambda path: edited(path, w=np.array([Pickled()], object)), "allow_pickle=False"),
+    "a pickle": (lambda path: path.write_bytes(pickle.dumps(Pickled())), "is damaged: "),
+    "a bomb": (lambda path: bomb(path, "w", compressed=True), "is damaged: it is compressed"),
+    "a bomb's size": (lambda path: bomb(path, "w", compressed=False), "is damaged: "),
+    "an array missing": (lambda path: edited(path, trust=None), "is damaged: it lacks trust"),
+    "another shape": (lambda path: edited(path, w=np.zeros(5, np.float32)), "w has shape (5,), not (21166,)"),
+    "another type": (lambda path: edited(path, trust=np.zeros(10, int)), "trust is int64 with 1 axes"),
+    "NaN": (lambda path: edited(path, w=np.full(21166, np.nan, np.float32)), "its numbers are out of range"),
+    "trust above 1": (lambda path: edited(path, trust=np.full(10, 2.0)), "its numbers are out of range"),
+    "nobody active": (lambda path: edited(path, active=np.zeros(10, bool)), "its numbers are out of range"),
+    "another round": (lambda path: edited(path, round=np.array(5)), "3 rounds were timed, not 5"),
+    "a negative round": (lambda path: edited(path, round=np.array(-1)), "3 rounds were timed, not -1"),
+    "other marks": (lambda path: edited(path, marks=np.ones((2, 2), int)), "rounds.csv was changed or cut short"),
+    "marks of no rows": (forge_marks, "rounds.csv holds 0 rows at round 3 of the checkpoint"),
+    "no JSON": (lambda path: edited(path, run=np.array("{")), "is damaged: "),
+    "a list": (lambda path: edited(path, run=np.array("[]")), "is damaged: "),
+}
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_a_hostile_checkpoint_gets_one_line(kind, stopped, quick, capsys, monkeypatch):
+    folder, _ = stopped
+    monkeypatch.chdir(folder.parent)
+    damage, expected = CHECKPOINTS[kind]
+    damage(folder / "checkpoint.npz")
+    before = csv_bytes(folder)
+    assert expected in refusal(capsys, "--resume", folder)
+    assert csv_bytes(folder) == before and not Path("unpickled").exists()
+
+
+def set_field(folder: Path, **changed) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+
+
+def rewritten(content: str | bytes):
+    return lambda folder: (folder / "config.json").write_bytes(
+        content.encode() if isinstance(content, str) else content
+    )
+
+
+def with_fields(**changed):
+    def change(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+
+    return change
+
+
+FOLDERS = {
+    "no folder": (shutil.rmtree, "is not a run's folder: it holds no config.json"),
+    "no config.json": (lambda folder: (folder / "config.json").unlink(), "it holds no config.json"),
+    "half a config.json": (lambda folder: cut_in_half(folder / "config.json"), "config.json is damaged: "),
+    "a deep config.json": (rewritten("[" * 10**5), "config.json is damaged: "),
+    "binary config.json": (rewritten(b"\xff\xfe"), "config.json is damaged: "),
+    "a list": (rewritten("[]"), "it holds a list, not an object"),
+    "a field missing": (rewritten("{}"), "config.json is damaged: no 'settings'"),
+    "a text for a number": (with_fields(rounds="many"), "rounds 'many' must be of type int"),
+    "no settings": (with_fields(settings=None), "config.json is damaged: "),
+    "a wild number": (with_fields(malicious=7), "malicious fraction 7 must be"),
+    "another number": (with_fields(lr=0.5), "was begun with lr 0.001, not 0.5; a run can't change on the way"),
+    "a row edited": (lambda folder: swap_a_digit(folder / "rounds.csv"), "rounds.csv was changed or cut short since"),
+    "a client's row edited": (lambda folder: swap_a_digit(folder / "clients.csv"), "clients.csv was changed or cut"),
+    "rows lost": (lambda folder: cut_in_half(folder / "clients.csv"), "clients.csv was changed or cut short since"),
+    "no rows": (lambda folder: (folder / "rounds.csv").unlink(), "No such file or directory"),
+    "a folder for rows": (lambda folder: ((folder / CSV[0]).unlink(), (folder / CSV[0]).mkdir()), "Is a directory"),
+}
+
+
+def swap_a_digit(path: Path) -> None:
+    text = path.read_text()
+    path.write_text(text[:-3] + ("1" if text[-3] == "0" else "0") + text[-2:])
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_a_folder_edited_by_hand_gets_one_line(kind, stopped, quick, capsys):
+    folder, _ = stopped
+    damage, expected = FOLDERS[kind]
+    damage(folder)
+    before = {path.name: path.read_bytes() for path in folder.glob("*") if path.is_file()}
+    assert expected in refusal(capsys, "--resume", folder)
+    assert {path.name: path.read_bytes() for path in folder.glob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("--lr 0.01", "was begun with lr 0.001, not 0.01; a run can't change on the way"),
+        ("--rounds 9 --seed 1", "was begun with rounds 6, not 9, seed 0, not 1;"),
+        ("--mad-start 4", "was begun with mad_start [3], not [4];"),
+        ("--mad-start 3 4", "was begun with mad_start [3], not [3, 4];"),
+        ("--preset testbed", "was begun with clusters 2, not 1, scale_floor 2.5, not 0.0"),
+        ("--threshold 0.3", "was begun with threshold 0.15, not 0.3;"),
+        ("--seeds 2", "--resume goes on with runs that are there; leave out --seeds"),
+        ("--overwrite", "leave out --overwrite"),
+        ("--out elsewhere", "leave out --out"),
+        ("--experiment fig3a", "leave out --experiment"),
+    ],
+)
+def test_a_run_is_not_resumed_with_another_setting(options, expected, stopped, quick, capsys):
+    folder, _ = stopped
+    before = csv_bytes(folder)
+    assert expected in refusal(capsys, *options.split(), "--resume", folder)
+    assert csv_bytes(folder) == before
+
+
+def test_a_run_is_resumed_with_the_same_settings_and_other_threads(stopped, quick):
+    folder, whole = stopped
+    threads = torch.get_num_threads()
+    try:
+        assert main(["--rounds", "6", "--mad-start", "3", "--threads", "1", "--resume", str(folder)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert csv_bytes(folder) == csv_bytes(whole)
+
+
+def test_a_run_is_not_resumed_with_other_data(stopped, tiny, capsys, monkeypatch):
+    folder, _ = stopped
+    monkeypatch.setattr(data, "phantom", lambda seed=0, note="": replace(tiny, md5="another"))
+    assert "was begun with data's MD5 none, not another" in refusal(capsys, "--resume", folder)
+
+
+def test_a_run_still_going_is_not_resumed(stopped, tiny, quick, capsys, monkeypatch):
+    folder, whole = stopped
+
+    def second():
+        assert "is being written by another run of madsim" in refusal(capsys, "--resume", folder)
+
+    with monkeypatch.context() as patch:
+        stop_in(patch, 5, second)
+        resume(folder, tiny)
+    assert csv_bytes(folder) == csv_bytes(whole)
+
+
+def test_a_folder_killed_as_it_was_made_can_be_replaced(quick, tmp_path):
+    folder = tmp_path / "nomad-rounds1-phantom-s0"
+    folder.mkdir()
+    (folder / "config.json.part").write_text("{")
+    words = ["--rounds", "1", "--dataset", "phantom", "--out", str(tmp_path)]
+    assert main([*words, "--overwrite"]) == 0
+    assert (folder / "summary.json").is_file()
+
+
+# ---------------------------------------------------------------- hostile command lines
+
+WILD = st.one_of(
+    st.integers(-3, 12).map(str),
+    st.floats(-2, 2).map(str),
+    st.integers().map(str),
+    st.floats().map(str),
+    st.sampled_from(["", " ", "nan", "-inf", "1e400", "1e-400", "0x1", "1_0", "\u0663", "never", "None", "-", "--"]),
+    st.sampled_from(["a\nb", "9" * 20, "9" * 5000, "-0", "0.5", "1"]),
+    st.text(max_size=8).filter(lambda text: "\0" not in text),
+)
+TAME = {int: st.integers(1, 5).map(str), float: st.floats(0, 1).map(str), str: st.sampled_from(["label_flip", "nan"])}
+TAME[madsim.start_round] = st.integers(1, 3).map(str) | st.just("never")
+OPTIONS = {
+    action.option_strings[-1]: action
+    for action in madsim.make_parser()._actions
+    if action.option_strings and action.dest not in ("help", "out", "data_root", "resume", "device")
+}
+
+
+@st.composite
+def command_lines(draw, names=tuple(OPTIONS)) -> list[str]:
+    """Some options, each with a value of its own kind or, one in eight, a wild one."""
+    words = []
+    for name in draw(st.lists(st.sampled_from(names), max_size=6)):
+        action = OPTIONS[name]
+        values = st.sampled_from(sorted(map(str, action.choices))) if action.choices else TAME.get(action.type)
+        count = 0 if action.nargs == 0 else draw(st.integers(1, 3)) if action.nargs == "+" else 1
+        words += [name, *(draw(values if draw(st.integers(0, 7)) else WILD) for _ in range(count))]
+    return words
+
+
+def outcome(call, capsys) -> str:
+    """'' if the call runs, or the one line that refuses; anything else fails."""
+    try:
+        call()
+    except SystemExit as stop:
+        line = capsys.readouterr().err
+        assert stop.code == 2 and line.startswith("madsim: ") and line.count("\n") == 1 and line.endswith("\n")
+        return line
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@settings(max_examples=3000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(command_lines())
+def test_every_command_line_is_understood_or_refused_in_one_line(capsys, words):
+    """The plan of the runs, as `main` makes it; it turns a ValueError into its one line."""
+    outcome(lambda: madsim.plan(vars(madsim.make_parser().parse_args(words))), capsys)
+
+
+SMALL = ("--malicious", "--attack", "--flip", "--lr", "--method", "--batch-size", "--seed", "--alpha-reputation",
+         "--clusters", "--silhouette", "--outlying", "--scale-floor", "--threshold", "--preset", "--excluded",
+         "--beta-trust", "--beta-reputation", "--equation2", "--order", "--decision", "--first", "--nobody-left",
+         "--mad-start")  # fmt: skip
+
+
+@settings(max_examples=48, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(command_lines(SMALL), st.integers(1, 3), st.sampled_from([1, 2, 5, 10]))
+def test_every_small_run_ends_or_is_refused_in_one_line(quick, capsys, tmp_path, words, rounds, clients):
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    size = ["--rounds", str(rounds), "--clients", str(clients), "--dataset", "phantom", "--jobs", "1"]
+    outcome(lambda: main([*words, *size, "--out", str(tmp_path / "out")]), capsys)
+    for folder in (tmp_path / "out").glob("*"):
+        assert (folder / CSV[0]).read_bytes().startswith(b"round,loss")
+
+
+@pytest.mark.parametrize("path", ["", "x" * 300, "a\nb", "-", "\u0663", "/proc/madsim", "/dev/null/madsim"])
+def test_strange_places_are_used_or_refused_in_one_line(path, quick, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def unreachable(root):
+        raise FileNotFoundError(f"{root} is absent")
+
+    monkeypatch.setattr(data, "download", unreachable)
+    for option, dataset in (("--out", "phantom"), ("--resume", "phantom"), ("--data-root", "pneumoniamnist")):
+        words = ["--rounds", "1", "--dataset", dataset, f"{option}={path}"]
+        outcome(lambda words=words: main(words), capsys)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_pipe_that_nobody_reads_is_no_traceback(unbuffered):
+    command = f"{sys.executable} {HERE / 'madsim.py'} --help | true"
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment)
+    assert done.stderr == ""

@@ -140,7 +140,7 @@ def simulate(
             W, train_loss = clients.train(w, asked, t)  # [C, P]   local training, all clients at once
             W = clients.attack(W, w, asked, t)  # [C, P]   what malicious clients submit instead
             scores = mad_step(W, scores, t, config.mad_start, config.settings)  # eqs. (1)-(7) and exclusion
-            w = clients.send(aggregate(W, clients.sizes, scores.active, config.rule, clients.malicious.sum()))  # [P]
+            w = aggregate(W, clients.sizes, scores.active, config.rule, clients.malicious.sum(), w)  # [P]
             log(t, train_loss, clients.evaluate(w), w, scores)
     return log.result()
 
@@ -183,7 +183,7 @@ class Log:
         return self
 
     def begin(self):
-        """The global weights w [P] on the clients' device and the State that the run starts, or goes on, from."""
+        """The global weights w [P] and the State that the run starts, or goes on, from."""
         from tqdm import tqdm
 
         from model import initial_weights
@@ -194,7 +194,7 @@ class Log:
         else:
             self._create()
         self.lap = time.perf_counter()
-        self.last = self.members.send(w), scores, [table.mark for table in self.tables]
+        self.last = w, scores, [table.mark for table in self.tables]
         self.save()
         self.bar = tqdm(
             total=self.config.rounds,
@@ -274,7 +274,7 @@ class Log:
             content = io.BytesIO()
             run = as_json(self._identity())
             kept = np.array([r for r in self.kept if r <= t], int)
-            arrays = {"w": w.cpu().numpy(), "marks": np.array(marks), "seconds": np.array(self.seconds[:t], float)}
+            arrays = {"w": w, "marks": np.array(marks), "seconds": np.array(self.seconds[:t], float)}
             np.savez(content, run=run, kept_rounds=kept, **arrays, **vars(scores))
             replace_file(self.out / CHECKPOINT, content.getvalue())
         self.saved = time.perf_counter()
@@ -312,7 +312,7 @@ class Log:
             write_json(self.out / "summary.json", self.summary)
 
     def result(self) -> Result:
-        return Result(self.config, *self.frames(), self.summary, self.last[0].cpu().numpy())
+        return Result(self.config, *self.frames(), self.summary, self.last[0])
 
 
 class Table:

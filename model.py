@@ -414,35 +414,36 @@ class Clients:
         scaled = torch.tensor(images, device=self.device).float().div(127.5).sub(1)[:, None]
         return scaled, torch.tensor(labels, device=self.device)
 
-    def send(self, w: np.ndarray) -> Tensor:
-        """Global weights w [P] from the server to the clients' device."""
-        return torch.from_numpy(w).to(self.device)
-
-    def train(self, w: Tensor, asked: np.ndarray, t: int) -> tuple[Tensor, np.ndarray]:
-        """Round t's local training of the clients `asked` [C]: (their models [n, P], mean training loss [C])."""
+    def train(self, w: np.ndarray, asked: np.ndarray, t: int) -> tuple[Tensor, np.ndarray]:
+        """Round t's local training of the clients `asked` [C] from the server's global weights w [P]: (their models
+        [n, P], mean training loss [C])."""
         who = np.flatnonzero(asked)
         rngs = [np.random.default_rng([self.seed, t, client, 1]) for client in who]
         members = [self.shares[client].train for client in who]
-        W, loss = train_clients(w, self.images, self.labels, members, rngs, **self.training)
+        W, loss = train_clients(self.send(w), self.images, self.labels, members, rngs, **self.training)
         losses = np.full(len(asked), np.nan)
         losses[who] = loss.cpu().numpy()
         return W, losses
 
-    def attack(self, W: Tensor, w: Tensor, asked: np.ndarray, t: int) -> np.ndarray:
+    def attack(self, W: Tensor, w: np.ndarray, asked: np.ndarray, t: int) -> np.ndarray:
         """The submissions [C, P] as the server gets them; NaN rows of clients that were not asked."""
         bad = self.malicious[asked]
         if self.attack_name in ATTACKS and bad.any():
             rng = np.random.default_rng([self.seed, t, 2])
-            W[bad] = ATTACKS[self.attack_name](W[bad], w, rng)
+            W[bad] = ATTACKS[self.attack_name](W[bad], self.send(w), rng)
         submitted = np.full((len(asked), W.shape[1]), np.nan, np.float32)
         submitted[asked] = W.cpu().numpy()
         return submitted
 
-    def evaluate(self, w: Tensor) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
+    def evaluate(self, w: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
         """Loss and accuracy [C] on the clients' own validation data, and the metrics on the test set."""
-        logits, n = predict(w, self.evaluated), len(self.test_labels)
+        logits, n = predict(self.send(w), self.evaluated), len(self.test_labels)
         test, own = logits[:n], logits[n : n + len(self.own_labels)]
         return *metrics_by_client(own, self.own_labels, self.owner), metrics(test, self.test_labels)
+
+    def send(self, w: np.ndarray) -> Tensor:
+        """The server's weights w [P] on the clients' device."""
+        return torch.from_numpy(w).to(self.device)
 
 
 def pick_device(name: str) -> torch.device:

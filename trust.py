@@ -15,6 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 LLOYD_STEPS = 300  # at most, as in scikit-learn
+WEISZFELD_STEPS = 100  # at most: ours; some 10 suffice
+SMOOTHING = 1e-6  # of the distances in Weiszfeld's steps (Pillutla et al. 2019)
+LAST_LAYER = slice(-66, -2)  # of a row of weights: the 2 x 32 of the network's last layer, before its 2 biases
 
 Array = NDArray[np.floating]
 Mask = NDArray[np.bool_]
@@ -303,10 +306,106 @@ def mean(W: Array, weights: Array, f: int) -> Array:
     return np.average(W, axis=0, weights=weights)
 
 
+def median(W: Array, weights: Array, f: int) -> Array:
+    """Coordinate-wise median (Yin et al. 2018). Neither weights nor f are used."""
+    return np.median(W, axis=0)
+
+
+def trimmed_mean(W: Array, weights: Array, f: int) -> Array:
+    """Coordinate-wise mean without the f least and f greatest values (Yin et al. 2018). The weights are not used."""
+    need(len(W), 2 * f + 1, "trimmed_mean", f)
+    return np.sort(W, axis=0)[f : len(W) - f].mean(0)
+
+
+def krum(W: Array, weights: Array, f: int) -> Array:
+    """Krum (Blanchard et al. 2017): the one row with the least score; of equal ones the first."""
+    return W[krum_scores(W, f).argmin()]
+
+
+def multi_krum(W: Array, weights: Array, f: int) -> Array:
+    """Multi-Krum (Blanchard et al. 2017): mean of the n - f rows with the least scores. The weights are not used."""
+    return W[krum_scores(W, f).argsort(kind="stable")[: len(W) - f]].mean(0)
+
+
+def krum_scores(W: Array, f: int) -> Array:
+    """Sum [n] of each row's squared distances from the n - f - 2 rows nearest to it (Blanchard et al. 2017)."""
+    need(len(W), 2 * f + 3, "krum", f)
+    squared = squared_distances(W)
+    np.fill_diagonal(squared, np.inf)
+    return np.sort(squared, axis=1)[:, : len(W) - f - 2].sum(1)
+
+
+def geometric_median(W: Array, weights: Array, f: int) -> Array:
+    """The point of the least weighted sum of distances from the rows, by Weiszfeld's steps, smoothed as in Pillutla et
+    al. (2019). It is a mean of the rows, so the steps are taken in its n coefficients. f is not used."""
+    squared = squared_distances(W)
+    share = weights / weights.sum()
+    for _ in range(WEISZFELD_STEPS):
+        distance = np.sqrt(np.maximum(squared @ share - share @ squared @ share / 2, 0))
+        nearer = weights / np.maximum(distance, SMOOTHING)
+        nearer /= nearer.sum()
+        if np.allclose(nearer, share, rtol=0, atol=1e-9):
+            break
+        share = nearer
+    return share @ W
+
+
+def norm_clipping(U: Array, weights: Array, f: int) -> Array:
+    """Mean of the changes U [n, P], the long ones shortened (Sun et al. 2019) to the median length: ours, as the paper
+    takes a constant. f is not used."""
+    lengths = np.linalg.norm(U, axis=1)
+    factors = np.minimum(1, np.median(lengths) / np.where(lengths > 0, lengths, 1))
+    return mean(U * factors[:, None], weights, f)
+
+
+def lfighter(U: Array, weights: Array, f: int) -> Array:
+    """LFighter (Jebreel et al. 2023) for two classes: mean of the changes U [n, P] whose last layers lie in the good
+    one of two clusters. That is the larger and less alike in itself: attackers resemble one another. f is not used."""
+    last = U[:, LAST_LAYER]
+    squared = squared_distances(last)
+    if squared.max() == 0:
+        return mean(U, weights, f)
+    group = two_means(squared)
+    lengths = np.linalg.norm(last, axis=1, keepdims=True)
+    unit = last / np.where(lengths > 0, lengths, 1)
+
+    def dissimilarity(members: Mask) -> float:
+        cosine = unit[members] @ unit[members].T - np.eye(members.sum())
+        return members.mean() * (1 - cosine.min(1).mean())
+
+    good = group if dissimilarity(group) > dissimilarity(~group) else ~group
+    return mean(U[good], weights[good], f)
+
+
+def need(clients: int, least: int, rule: str, f: int) -> None:
+    """ValueError if a rule has too few clients to withstand f malicious ones."""
+    if clients < least:
+        raise ValueError(f"{rule} needs {least} clients to withstand {f} malicious ones; there are {clients}")
+
+
 # name -> rule(W [n, P], weights [n], f) -> w [P]; f is how many of the n clients the rule should withstand.
-RULES: dict[str, Callable[[Array, Array, int], Array]] = {"mean": mean}
+RULES: dict[str, Callable[[Array, Array, int], Array]] = {
+    "mean": mean,
+    "median": median,
+    "trimmed_mean": trimmed_mean,
+    "krum": krum,
+    "multi_krum": multi_krum,
+    "geometric_median": geometric_median,
+    "norm_clipping": norm_clipping,
+    "lfighter": lfighter,
+}
+ON_CHANGES = {"norm_clipping", "lfighter"}  # these are given, and give, changes of the global weights
 
 
-def aggregate(W: Array, weights: Array, active: Mask, rule: str = "mean", f: int = 0) -> Array:
-    """The next global weights w [P]: the active rows of W [C, P] averaged by the named rule, in W's precision."""
+def aggregate(
+    W: Array, weights: Array, active: Mask, rule: str = "mean", f: int = 0, before: Array | None = None
+) -> Array:
+    """The next global weights w [P]: the active rows of W [C, P] averaged by the named rule, in W's precision.
+
+    `f` of the C clients are thought malicious, `before` [P] are the last global weights. Who is no longer active is
+    taken for one of the f. Raises ValueError where the rule needs more clients.
+    """
+    f = max(0, f - int((~active).sum()))
+    if rule in ON_CHANGES:
+        return (before + RULES[rule](W[active] - before, weights[active], f)).astype(W.dtype)
     return RULES[rule](W[active], weights[active], f).astype(W.dtype)

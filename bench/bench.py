@@ -41,7 +41,7 @@ PARTS = {  # what a round consists of, and the functions that do it
     "local training": [(Clients, "train"), (Clients, "attack")],
     "evaluation": [(Clients, "evaluate")],
     "scoring": [(madsim, "mad_step")],
-    "averaging": [(madsim, "aggregate"), (Clients, "send")],
+    "averaging": [(madsim, "aggregate")],
     "writing": [(madsim.Log, "__call__")],
 }
 CLIENTS, IMAGES = (10, 100, 1000), (1, 2, 4)  # of --scale: clients, and how often the training images are repeated

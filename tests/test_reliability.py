@@ -271,9 +271,10 @@ def test_a_run_stopped_before_its_first_round_ends_can_be_resumed(tiny, quick, t
 
 
 def test_several_runs_are_resumed_at_once_in_any_number_of_processes(quick, tmp_path, monkeypatch):
-    """Whole in two processes, and stopped one by one and resumed in this one: the same bytes."""
+    """Whole in two processes or in this one, or stopped one by one and resumed: the same bytes."""
     words = ["--rounds", "5", "--clients", "4", "--malicious", "0.25", "--dataset", "phantom"]
-    assert main([*words, "--mad-start", "2", "never", "--jobs", "2", "--out", str(tmp_path / "whole")]) == 0
+    for jobs, place in (("2", "whole"), ("1", "in one")):
+        assert main([*words, "--mad-start", "2", "never", "--jobs", jobs, "--out", str(tmp_path / place)]) == 0
     folders = [tmp_path / "cut" / path.name for path in sorted((tmp_path / "whole").iterdir())]
     with monkeypatch.context() as patch:
         stop_in(patch, 3, interrupt)
@@ -282,6 +283,7 @@ def test_several_runs_are_resumed_at_once_in_any_number_of_processes(quick, tmp_
     assert main(["--resume", *map(str, folders), "--jobs", "1"]) == 0
     for folder in folders:
         assert csv_bytes(folder) == csv_bytes(tmp_path / "whole" / folder.name)
+        assert csv_bytes(folder) == csv_bytes(tmp_path / "in one" / folder.name)
     threads = [json.loads((folder / "config.json").read_text()) for folder in folders]
     assert all(about["resumed"][0]["machine"]["threads"] == os.cpu_count() for about in threads)
 

@@ -51,7 +51,7 @@ class Config:
         "default: never; paper: 5 to 500",
         low=1,
     )
-    clients: int = setting(10, "participating clients", "paper", low=1)
+    clients: int = setting(10, "participating clients", "paper", low=1, high=100_000)
     malicious: float = setting(0.2, "fraction of the clients that are malicious, below half", "paper")
     attack: str = setting("label_flip", "what malicious clients do", "paper")
     flip: float = setting(1.0, "share of its labels that a malicious client flips", "paper", low=0, high=1)
@@ -228,13 +228,16 @@ class Log:
             table.reopen(size, crc)
             if table.filled != found["round"] * rows:
                 raise ValueError(f"{table.path} holds {table.filled} rows at round {found['round']} of the checkpoint")
+        about = read_json(self.out / "config.json")
+        resumed = about.get("resumed", [])
+        if not isinstance(resumed, list):
+            raise ValueError(f"{self.out / 'config.json'} is damaged: resumed is no list")
         for table in self.tables:
             table.cut()
         self.seconds, self.kept = found["seconds"].tolist(), found["kept_rounds"].tolist()
         scores = State(**{name: found[name] if found[name].ndim else found[name].item() for name in vars(scores)})
         if scores.round < self.config.rounds:
-            about = read_json(self.out / "config.json")
-            resumed = [*about.get("resumed", []), {"after_round": scores.round} | origin(self.members)]
+            resumed = [*resumed, {"after_round": scores.round} | origin(self.members)]
             write_json(self.out / "config.json", about | {"resumed": resumed})
         return found["w"], scores
 
@@ -340,9 +343,12 @@ class Table:
         content = self.file.read(size)
         if len(content) != size or zlib.crc32(content) != crc:
             raise ValueError(f"{self.path} was changed or cut short since the checkpoint; the run can't go on from it")
-        rows = [[float(value or "nan") for value in line.split(",")] for line in content.decode().splitlines()[1:]]
-        self.mark, self.filled = (size, crc), len(rows)
-        self.values[: len(rows)] = np.reshape(rows, (len(rows), len(self.columns)))
+        lines = io.TextIOWrapper(io.BytesIO(content))
+        if next(lines, "").strip() != ",".join(self.columns) or content.count(b"\n") > len(self.values) + 1:
+            raise ValueError(f"{self.path} has other columns or more rows than its run")
+        for row, line in enumerate(lines):
+            self.values[row] = [float(value or "nan") for value in line.split(",")]
+        self.mark, self.filled = (size, crc), content.count(b"\n") - 1
 
     def cut(self) -> None:
         """Drop what follows the mark: rows after the checkpoint, the last perhaps torn."""
@@ -358,8 +364,9 @@ class Table:
         if self.file:
             lines = (",".join("" if value != value else str(value) for value in row) + "\n" for row in rows)
             text = "".join(lines).encode()
-            self.file.write(text)
-            self.file.flush()
+            with naming(self.path):
+                self.file.write(text)
+                self.file.flush()
             size, crc = self.mark
             self.mark = size + len(text), zlib.crc32(text, crc)
 
@@ -438,11 +445,23 @@ def read_checkpoint(path: Path, w: np.ndarray, scores: State) -> dict[str, np.nd
                 raise ValueError(f"{name} is {arrays[name].dtype} with {arrays[name].ndim} axes")
             if name not in ("seconds", "kept_rounds") and arrays[name].shape != kind.shape:
                 raise ValueError(f"{name} has shape {arrays[name].shape}, not {kind.shape}")
-        known = np.concatenate([arrays[name] for name in ("d", "reputation", "trust")])
-        if not np.isfinite(arrays["w"]).all() or (known < 0).any() or (known > 1).any() or not arrays["active"].any():
-            raise ValueError("its numbers are out of range")
         if len(arrays["seconds"]) != arrays["round"]:
             raise ValueError(f"{len(arrays['seconds'])} rounds were timed, not {arrays['round']}")
+        scored = np.isfinite(arrays["distance"])  # the others have NaN
+        known = np.concatenate([arrays[name][scored] for name in ("d", "reputation", "trust")])
+        unknown = np.concatenate([arrays[name][~scored] for name in ("distance", "d", "reputation", "trust")])
+        sizes = np.concatenate([arrays[name].ravel() for name in ("distance", "spread", "seconds", "marks")])
+        rounds = arrays["kept_rounds"]
+        if not (
+            np.isfinite(arrays["w"]).all()
+            and arrays["active"].any()
+            and ((known >= 0) & (known <= 1)).all()
+            and np.isnan(unknown).all()
+            and np.isfinite(sizes[len(scored) :]).all()
+            and not (sizes < 0).any()
+            and ((rounds >= 1) & (rounds <= arrays["round"])).all()
+        ):
+            raise ValueError("its numbers are out of range")
         if not isinstance(json.loads(str(arrays["run"])), dict):
             raise ValueError("its settings are no object")
     except OSError:
@@ -530,7 +549,7 @@ def replace_file(path: Path, content: bytes) -> None:
     """Write a file so that who reads it, also after a kill or on a full disk, finds the old or the new one whole."""
     unfinished = path.with_name(path.name + ".part")
     try:
-        with open(unfinished, "wb") as file:
+        with naming(unfinished), open(unfinished, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -538,6 +557,16 @@ def replace_file(path: Path, content: bytes) -> None:
     except OSError:
         with suppress(OSError):
             unfinished.unlink()
+        raise
+
+
+@contextmanager
+def naming(path: Path):
+    """An OSError within it names the file, as those of writing to an open one do not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
         raise
 
 
@@ -592,17 +621,13 @@ def simulate_all(runs: list[tuple[Config, Path]], dataset: data.Dataset, jobs: i
     if len(runs) == 1:
         return [simulate(*runs[0], dataset=dataset, resume=resume, bar=True)]
     from joblib import Parallel, delayed
-    from joblib.externals.loky import get_reusable_executor
 
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")  # if the processes are killed
     jobs = min(jobs, len(runs))
     threads = max(1, os.cpu_count() // jobs)
     each = [(replace(config, threads=config.threads or threads), folder.absolute()) for config, folder in runs]
-    try:
-        with rounds_bar(runs):
-            return Parallel(n_jobs=jobs)(delayed(simulate)(*run, dataset=dataset, resume=resume) for run in each)
-    except BaseException:
-        get_reusable_executor().shutdown(kill_workers=True)
-        raise
+    with rounds_bar(runs):
+        return Parallel(n_jobs=jobs)(delayed(simulate)(*run, dataset=dataset, resume=resume) for run in each)
 
 
 @contextmanager
@@ -681,9 +706,6 @@ def add_options(group, of: type) -> None:
 
 def plan(given: dict) -> list[tuple[Config, Path]]:
     """The new runs that the command line asks for by the options `given`, each with its folder."""
-    for name in ("seeds", "jobs"):
-        if not 1 <= given.get(name, 1) <= MOST_RUNS:
-            raise ValueError(f"{name} {given[name]} must be at least 1 and at most {MOST_RUNS}")
     base, out = configure(given, Config()), given.get("out", Path("results"))
     seeds = range(base.seed, base.seed + given.get("seeds", 1))
     if "experiment" in given:
@@ -694,7 +716,8 @@ def plan(given: dict) -> list[tuple[Config, Path]]:
     else:
         groups = {out: [replace(base, mad_start=start) for start in dict.fromkeys(given.get("mad_start", [None]))]}
     configs = [(replace(c, seed=seed), folder) for folder, cs in groups.items() for seed in seeds for c in cs]
-    return [(config, folder / run_name(config)) for config, folder in configs]
+    runs = {folder / run_name(config): config for config, folder in configs}  # what is asked for twice is run once
+    return [(config, folder) for folder, config in runs.items()]
 
 
 def configure(given: dict, base: Config) -> Config:
@@ -713,7 +736,10 @@ def plan_resumed(given: dict) -> list[tuple[Config, Path]]:
     for name in ("seeds", "experiment", "overwrite", "out"):
         if name in given:
             raise ValueError(f"--resume goes on with runs that are there; leave out --{name}")
-    runs = {folder: read_config(folder) for folder in given["resume"]}
+    folders = {folder.resolve(): folder for folder in given["resume"]}.values()  # each once
+    runs = {folder: read_config(folder) for folder in folders}
+    if len({config.dataset for config in runs.values()}) > 1:
+        raise ValueError("these runs have different data sets; resume them one by one")
     for folder, begun in runs.items():
         runs[folder] = configure(given, begun)
         starts = {"mad_start": given.get("mad_start", [begun.mad_start])}
@@ -731,16 +757,20 @@ def refuse_folders(folders: list[Path], overwrite: bool) -> None:
         begun = folder.is_dir() and all(path.name.startswith("config.json") for path in folder.iterdir())
         if folder.exists() and not begun and not (folder / "config.json").is_file():
             raise ValueError(f"{folder} exists and is not a run's folder; it is not replaced")
+        if (folder / "rounds.csv").is_file():
+            with open(folder / "rounds.csv", "rb") as file:
+                lock(file)
+
+
+def complete(folder: Path) -> bool:
+    """Whether the run of a folder has come to its end."""
+    with suppress(OSError, ValueError):
+        return read_json(folder / "summary.json").get("complete") is True
+    return False
 
 
 def unfinished(folders: list[Path]) -> list[Path]:
     """Those of the folders that hold a run which was cut short and can be resumed."""
-
-    def complete(folder: Path) -> bool:
-        with suppress(OSError, ValueError):
-            return read_json(folder / "summary.json").get("complete") is True
-        return False
-
     return [folder for folder in folders if (folder / CHECKPOINT).is_file() and not complete(folder)]
 
 
@@ -749,14 +779,23 @@ def main(argv: list[str] | None = None) -> int:
     given = vars(parser.parse_args(argv))
     resume, folders, begun = "resume" in given, [], False
     try:
+        for name in ("seeds", "jobs"):
+            if not 1 <= given.get(name, 1) <= MOST_RUNS:
+                raise ValueError(f"{name} {given[name]} must be at least 1 and at most {MOST_RUNS}")
         runs = plan_resumed(given) if resume else plan(given)
+        if resume:
+            for folder in [folder for _, folder in runs if complete(folder)]:
+                print(f"{folder} is complete")
+            runs = [run for run in runs if not complete(run[1])]
+            if not runs:
+                return 0
         folders = [folder for _, folder in runs]
         if not resume:
             refuse_folders(folders, "overwrite" in given)
         dataset = data.load(runs[0][0].dataset, runs[0][0].data_root)
         gather(runs[0][0], dataset)  # what can't be run is refused before an earlier run's folder is touched
-        for folder in folders if not resume else []:
-            shutil.rmtree(folder, ignore_errors=True)
+        for folder in [folder for folder in folders if folder.exists() and not resume]:
+            shutil.rmtree(folder)
         introduce(runs, dataset)
         begun = True
         results = simulate_all(runs, dataset, given.get("jobs", os.cpu_count()), resume)
@@ -771,8 +810,9 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     for result, (_, folder) in zip(results, runs):
         report(result, folder)
-    where = folders[0] if len(runs) == 1 else os.path.commonpath(folders)
-    print(f"Figures      python plot.py {where}")
+    where = folders[0] if len(runs) == 1 else os.path.relpath(os.path.commonpath([f.absolute() for f in folders]))
+    if any(len(result.rounds) for result in results):
+        print(f"Figures      python plot.py {where}")
     return 0 if all(result.summary["complete"] for result in results) else 130
 
 
@@ -824,14 +864,24 @@ def report(result: Result, folder: Path) -> None:
     print(f"Time         {s['seconds']:.1f} s, {s['seconds_per_round']:.3f} s a round")
 
 
-if __name__ == "__main__":
+def command() -> int:
+    """`main` as the shell's command, whatever becomes of its output."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends a run as Ctrl-C does
+    streams = [stream for stream in (sys.stdout, sys.stderr) if stream]  # None: closed by whoever started us
+    for stream in streams:
+        stream.reconfigure(errors="backslashreplace")  # a folder's name need not be text
     try:
         try:
-            status = main()
+            return main()
         finally:
-            sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 1
-    sys.exit(status)
+            for stream in streams:
+                stream.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what it still holds is not tried again
+        if not isinstance(error, BrokenPipeError):  # `| head` has read enough, the disk under a log file is full
+            print(f"madsim: the output can't be written: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(command())

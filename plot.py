@@ -105,7 +105,8 @@ def find_runs(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; give one that madsim.py has written results to")
-    runs = sorted(path.parent for path in folder.rglob("config.json") if (path.parent / "rounds.csv").is_file())
+    configs = [path for path in folder.rglob("config.json") if path.is_file()]
+    runs = sorted(path.parent for path in configs if (path.parent / "rounds.csv").is_file())
     if not runs:
         raise FileNotFoundError(f"{folder} holds no run, that is no folder with config.json and rounds.csv")
     return runs
@@ -125,8 +126,9 @@ def read_config(path: Path) -> dict:
 
     def check(holder: dict, kinds: dict) -> None:
         for name in holder.keys() & kinds:
-            if not isinstance(holder[name], kinds[name]):
-                raise ValueError(f"{name} is {reprlib.repr(holder[name])}")
+            value = holder[name]
+            if not isinstance(value, kinds[name]) or (isinstance(value, (int, float)) and not abs(value) < 2**63):
+                raise ValueError(f"{name} is {reprlib.repr(value)}")
 
     try:
         config = json.loads(path.read_bytes())
@@ -455,7 +457,7 @@ def load_runs(folder: Path) -> list[Run]:
     for path in found:
         try:
             run = load_run(path)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             print(f"{path}: not drawn, {error}", file=sys.stderr)
             continue
         runs.append(run)

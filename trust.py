@@ -9,6 +9,7 @@ Shapes: C clients, n clients that are scored, P parameters, t round (the first i
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
+from sys import float_info
 from typing import get_args
 
 import numpy as np
@@ -37,9 +38,10 @@ def check_limits(settings) -> None:
             raise ValueError(f"{f.name} {value!r} must be of type {' or '.join(kind.__name__ for kind in kinds)}")
         if "choices" in limits and value not in limits["choices"]:
             raise ValueError(f"{f.name} {value!r} is unknown; known: {', '.join(map(str, limits['choices']))}")
-        if "low" in limits and value is not None and not limits["low"] <= value <= limits.get("high", float("inf")):
-            high = f" and at most {limits['high']}" if "high" in limits else ""
-            raise ValueError(f"{f.name} {value} must be at least {limits['low']}{high}")
+        high = limits.get("high", float_info.max)
+        if "low" in limits and value is not None and not limits["low"] <= value <= high:
+            most = f"at most {high}" if "high" in limits else "finite"
+            raise ValueError(f"{f.name} {value} must be at least {limits['low']} and {most}")
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,7 @@ def outlying_group(squared: Array, spread: float, settings: Settings) -> Mask:
 
 def originals(W: Array) -> Mask:
     """Which rows of W [n, P] are not the very same as an earlier one."""
-    first = {row.tobytes(): client for client, row in reversed([*enumerate(W)])}
+    first = {(row + 0.0).tobytes(): client for client, row in reversed([*enumerate(W)])}  # -0 + 0 = 0
     return np.isin(np.arange(len(W)), list(first.values()))
 
 

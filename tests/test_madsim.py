@@ -238,6 +238,12 @@ def test_experiments_are_the_papers():
     assert [c.mad_start for c in madsim.experiment("fig3a", Config(), 20)[:6]] == [1, 4, 8, 12, 16, None]
 
 
+def test_what_an_experiment_asks_for_twice_is_run_once():
+    """Without malicious clients, never starting MAD is the run without attack."""
+    plan = madsim.plan({"experiment": "fig3a", "malicious": 0.0})
+    assert len({folder for _, folder in plan}) == len(plan) == 6
+
+
 def test_each_experiment_has_a_folder_of_its_own(tmp_path):
     args = madsim.make_parser().parse_args(["--experiment", "paper", "--out", str(tmp_path)])
     folders = [folder for _, folder in madsim.plan(vars(args))]
@@ -269,7 +275,10 @@ def refusal(capsys, *arguments: str | Path) -> str:
         ("--mad-start 0", "mad_start 0 must be at least 1"),
         ("--mad-start soon", "--mad-start: invalid"),
         ("--lr -1", "lr -1.0 must be at least 0"),
-        ("--lr nan", "lr nan must be at least 0"),
+        ("--lr nan", "lr nan must be at least 0 and finite"),
+        ("--lr inf", "lr inf must be at least 0 and finite"),
+        (f"--clients {10**400}", "must be at least 1 and at most 100000"),
+        (f"--batch-size {10**400}", "must be at least 1 and finite"),
         ("--rounds 0", "rounds 0 must be at least 1"),
         ("--clients 0", "clients 0 must be at least 1"),
         ("--flip 1.5", "flip 1.5 must be at least 0 and at most 1"),
@@ -280,7 +289,7 @@ def refusal(capsys, *arguments: str | Path) -> str:
         ("--jobs 0", "jobs 0 must be at least 1"),
         ("--threshold 2", "threshold 2.0 must be at least 0 and at most 1"),
         ("--attack flipp", "'flipp' is unknown; known: label_flip, nan"),
-        ("--rule median", "invalid choice: 'median' (choose from"),
+        ("--rule medoid", "invalid choice: 'medoid' (choose from"),
         ("--dataset mnist", "invalid choice: 'mnist' (choose from"),
         ("--preset x", "invalid choice: 'x' (choose from"),
         ("--experiment fig9", "invalid choice: 'fig9' (choose from"),

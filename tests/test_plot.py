@@ -416,7 +416,11 @@ def test_missing_columns_and_files_leave_the_rest(tmp_path, capsys):
     assert "nothing to draw of accuracy, honest_accuracy, active, reputation, trust" in output.err
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "[" * 10**5, '{"rounds": "many"}', '{"settings": {"threshold": []}}'])
+DAMAGED = ["{", "[]", "[" * 10**5, '{"rounds": "many"}', '{"settings": {"threshold": []}}', '{"malicious": NaN}']
+DAMAGED.append(f'{{"mad_start": -{10**400}}}')
+
+
+@pytest.mark.parametrize("content", DAMAGED)
 def test_damaged_config_is_one_line_and_the_rest_is_drawn(tmp_path, capsys, content):
     folder = make_run(tmp_path / "a")
     (folder / "config.json").write_text(content)
@@ -457,6 +461,17 @@ def test_a_folder_that_is_no_run_yet_is_one_line(tmp_path, capsys):
     (tmp_path / "b" / "config.json").write_text("{}")
     assert plot.main([str(tmp_path)]) == 0
     assert capsys.readouterr().err == f"{tmp_path / 'b'}: not drawn, it holds no rounds.csv\n"
+
+
+def test_a_run_that_cannot_be_read_leaves_the_others(tmp_path, capsys):
+    make_run(tmp_path / "a", samples=True)
+    folder = make_run(tmp_path / "b")
+    (folder / "config.json").chmod(0)
+    (folder / "clients.csv").unlink()
+    (folder / "clients.csv").mkdir()
+    (tmp_path / "c" / "config.json").mkdir(parents=True)
+    assert plot.main([str(tmp_path)]) == 0
+    assert f"{folder}: " in capsys.readouterr().err
 
 
 def test_nothing_to_draw_at_all_is_status_2(tmp_path, capsys):

@@ -678,6 +678,11 @@ CHECKPOINTS = {  # how it is damaged, and what the one line says
     "another type": (lambda path: edited(path, trust=np.zeros(10, int)), "trust is int64 with 1 axes"),
     "NaN": (lambda path: edited(path, w=np.full(21166, np.nan, np.float32)), "its numbers are out of range"),
     "trust above 1": (lambda path: edited(path, trust=np.full(10, 2.0)), "its numbers are out of range"),
+    "a wild spread": (lambda path: edited(path, spread=np.array(np.nan)), "its numbers are out of range"),
+    "a negative distance": (lambda path: edited(path, distance=np.full(10, -1.0)), "its numbers are out of range"),
+    "endless seconds": (lambda path: edited(path, seconds=np.full(3, np.inf)), "its numbers are out of range"),
+    "a round not yet run": (lambda path: edited(path, kept_rounds=np.array([4])), "its numbers are out of range"),
+    "no marks": (lambda path: edited(path, marks=np.zeros((2, 2), int)), "rounds.csv has other columns or more rows"),
     "nobody active": (lambda path: edited(path, active=np.zeros(10, bool)), "its numbers are out of range"),
     "another round": (lambda path: edited(path, round=np.array(5)), "3 rounds were timed, not 5"),
     "a negative round": (lambda path: edited(path, round=np.array(-1)), "3 rounds were timed, not -1"),
@@ -729,6 +734,7 @@ FOLDERS = {
     "a text for a number": (with_fields(rounds="many"), "rounds 'many' must be of type int"),
     "no settings": (with_fields(settings=None), "config.json is damaged: "),
     "a wild number": (with_fields(malicious=7), "malicious fraction 7 must be"),
+    "resumed by nobody": (with_fields(resumed=5), "config.json is damaged: resumed is no list"),
     "another number": (with_fields(lr=0.5), "was begun with lr 0.001, not 0.5; a run can't change on the way"),
     "a row edited": (lambda folder: swap_a_digit(folder / "rounds.csv"), "rounds.csv was changed or cut short since"),
     "a client's row edited": (lambda folder: swap_a_digit(folder / "clients.csv"), "clients.csv was changed or cut"),
@@ -801,6 +807,24 @@ def test_a_run_still_going_is_not_resumed(stopped, tiny, quick, capsys, monkeypa
         stop_in(patch, 5, second)
         resume(folder, tiny)
     assert csv_bytes(folder) == csv_bytes(whole)
+
+
+def test_a_run_still_going_is_not_replaced(quick, tmp_path, capsys, monkeypatch):
+    words = ["--rounds", "3", "--dataset", "phantom", "--out", str(tmp_path)]
+
+    def second():
+        assert "is being written by another run of madsim" in refusal(capsys, *words, "--overwrite")
+
+    stop_in(monkeypatch, 2, second)
+    assert main(words) == 0
+
+
+def test_a_complete_run_is_said_to_be_that(stopped, capsys):
+    _, whole = stopped
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in whole.iterdir()}
+    assert main(["--resume", str(whole.parent / "stopped" / ".." / "whole"), str(whole)]) == 0
+    assert capsys.readouterr().out == f"{whole} is complete\n"
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in whole.iterdir()} == before
 
 
 def test_a_folder_killed_as_it_was_made_can_be_replaced(quick, tmp_path):
@@ -891,6 +915,40 @@ def test_strange_places_are_used_or_refused_in_one_line(path, quick, capsys, tmp
     for option, dataset in (("--out", "phantom"), ("--resume", "phantom"), ("--data-root", "pneumoniamnist")):
         words = ["--rounds", "1", "--dataset", dataset, f"{option}={path}"]
         outcome(lambda words=words: main(words), capsys)
+
+
+def test_several_runs_in_different_places_are_resumed(quick, tmp_path, capsys, monkeypatch):
+    """Their folders given by relative and absolute names; and --jobs is checked here too."""
+    monkeypatch.chdir(tmp_path)
+    words = ["--rounds", "2", "--clients", "2", "--malicious", "0", "--dataset", "phantom"]
+    with monkeypatch.context() as patch:
+        stop_in(patch, 2, interrupt)
+        for place in ("a", "b"):
+            assert main([*words, "--out", place]) == 130
+    folders = [
+        tmp_path / "a" / "nomad-rounds2-clients2-malicious0-phantom-s0",
+        Path("b", "nomad-rounds2-clients2-malicious0-phantom-s0"),
+    ]
+    for jobs in ("0", "-3"):
+        assert f"jobs {jobs} must be at least 1" in refusal(capsys, "--resume", *folders, "--jobs", jobs)
+    assert main(["--resume", *map(str, folders), "--jobs", "1"]) == 0
+    assert capsys.readouterr().out.endswith("Figures      python plot.py .\n")
+
+
+def test_output_that_is_closed_or_is_no_text_is_no_traceback(tmp_path):
+    madsim_py = f"{sys.executable} {HERE / 'madsim.py'}"
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict", "PYTHONUNBUFFERED": ""}
+    for command, status, line in (
+        (f"{madsim_py} --resume absent >&-", 2, "madsim: absent is not a run's folder: it holds no config.json\n"),
+        (f"{madsim_py} --resume $'\\xff'", 2, "madsim: \\udcff is not a run's folder: it holds no config.json\n"),
+        (
+            f"{madsim_py} --help > /dev/full",
+            1,
+            "madsim: the output can't be written: [Errno 28] No space left on device\n",
+        ),
+    ):
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment, cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (status, line)
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])

@@ -352,6 +352,11 @@ def test_copies_of_a_model_and_one_client_left():
 # ---------------------------------------------------------------- aggregation, settings
 
 
+def test_the_same_model_twice_counts_once():
+    W = np.array([[0.0, 1.0], [0.0, 2.0], [-0.0, 1.0], [0.0, 1.0]])  # a zero's sign makes no other model
+    assert trust.originals(W).tolist() == [True, True, False, False]
+
+
 def test_fedavg_by_hand():
     W = np.array([[1.0, 10], [4, 40], [100, 100]], np.float32)
     w = aggregate(W, np.array([2, 1, 7]), np.array([True, True, False]))

@@ -217,6 +217,27 @@ def partition_iid(n: int, clients: int, rng: np.random.Generator) -> list[NDArra
     return np.array_split(rng.permutation(n), clients)
 
 
+def partition_dirichlet(labels: Labels, clients: int, alpha: float, rng: np.random.Generator) -> list[NDArray]:
+    """Image numbers dealt label by label in proportions drawn from a symmetric Dirichlet distribution (Hsu et al.
+    2019): disjoint, all of them used. The less `alpha` > 0, the more the clients differ in labels and in size.
+
+    Everybody gets two images before, to train and to validate on: ours.
+    """
+    first = partition_iid(len(labels), clients, rng)
+    parts, left = [part[:2] for part in first], np.concatenate([part[2:] for part in first])
+    for label in np.unique(labels):
+        images = left[labels[left] == label]
+        ends = np.cumsum(rng.dirichlet(np.full(clients, alpha))) * len(images)
+        dealt = np.split(images, np.round(ends[:-1]).astype(int))
+        parts = [np.concatenate([part, more]) for part, more in zip(parts, dealt)]
+    return [rng.permutation(part) for part in parts]
+
+
+def partition_quantity(n: int, clients: int, alpha: float, rng: np.random.Generator) -> list[NDArray]:
+    """Image numbers dealt at random in proportions drawn from a Dirichlet distribution (Li et al. 2022), as above."""
+    return partition_dirichlet(np.zeros(n, int), clients, alpha, rng)
+
+
 def flip_labels(labels: Labels, fraction: float, rng: np.random.Generator) -> Labels:
     """Labels with a random `fraction` (0 to 1) of them flipped, normal to pneumonia and back."""
     if not 0 <= fraction <= 1:
@@ -227,8 +248,22 @@ def flip_labels(labels: Labels, fraction: float, rng: np.random.Generator) -> La
     return flipped
 
 
-# name -> attack(labels [n], fraction, rng) -> labels [n]: what a malicious client does to its own labels.
-ATTACKS: dict[str, Callable[[Labels, float, np.random.Generator], Labels]] = {"label_flip": flip_labels}
+def flip_one_way(labels: Labels, fraction: float, rng: np.random.Generator) -> Labels:
+    """Labels with a random `fraction` (0 to 1) of the pneumonia called normal: the dangerous mistake."""
+    flipped, ill = labels.copy(), np.flatnonzero(labels == 1)
+    flipped[rng.choice(ill, round(fraction * len(ill)), replace=False)] = 0
+    return flipped
+
+
+# name -> attack(labels [n], fraction, rng) -> labels [n]: what a malicious client does to its own labels. The last two
+# also submit something else than what they have trained: see model.ATTACKS and model.OMNISCIENT.
+ATTACKS: dict[str, Callable[[Labels, float, np.random.Generator], Labels]] = {
+    "label_flip": flip_labels,
+    "one_way_flip": flip_one_way,
+    "scaled": flip_labels,
+    "hug": flip_labels,
+}
+PARTITIONS = ("iid", "dirichlet", "quantity")
 
 
 def malicious_count(clients: int, fraction: float) -> int:
@@ -244,16 +279,28 @@ def malicious_count(clients: int, fraction: float) -> int:
 
 
 def share_out(
-    labels: Labels, clients: int, malicious: float, seed: int, attack: str = "label_flip", flip: float = 1.0
+    labels: Labels,
+    clients: int,
+    malicious: float,
+    seed: int,
+    attack: str = "label_flip",
+    flip: float = 1.0,
+    partition: str = "iid",
+    alpha: float = 0.5,
 ) -> tuple[list[Share], Labels]:
-    """Deal the training images to the clients and let the malicious ones attack their labels.
+    """Deal the training images to the clients by the named partition and let the malicious ones attack their labels.
 
     `malicious` is the fraction of malicious clients, `flip` the share of labels that each of them changes,
     validation included. An attack that is not in ATTACKS leaves the labels alone. Returns one Share a client and
     the labels [n] as the clients see them. The same seed gives the same split whatever the attack.
     """
     rng = np.random.default_rng([seed, 0])
-    parts = partition_iid(len(labels), clients, rng)
+    if partition == "iid":
+        parts = partition_iid(len(labels), clients, rng)
+    elif partition == "dirichlet":
+        parts = partition_dirichlet(labels, clients, alpha, rng)
+    else:
+        parts = partition_quantity(len(labels), clients, alpha, rng)
     bad = set(rng.permutation(clients)[: malicious_count(clients, malicious)].tolist())
     seen = labels.copy()
     shares = []

@@ -24,6 +24,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from threading import Event, Thread
+from typing import get_args
 
 # Numpy's idle threads wait, rather than spin on the cores that PyTorch computes on: at 100 clients 1.5 times as quick.
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
@@ -55,6 +56,17 @@ class Config:
     malicious: float = setting(0.2, "fraction of the clients that are malicious, below half", "paper")
     attack: str = setting("label_flip", "what malicious clients do", "paper")
     flip: float = setting(1.0, "share of its labels that a malicious client flips", "paper", low=0, high=1)
+    attack_start: int = setting(1, "round from which malicious clients attack", "paper", low=1)
+    attack_period: int | None = setting(
+        None, "they attack for so many rounds, then pause for as many (default: no pause)", "paper", low=1
+    )
+    partition: str = setting("iid", "how images are dealt to the clients", "paper", choices=data.PARTITIONS)
+    concentration: float = setting(
+        0.5,
+        "concentration (alpha) of the Dirichlet distribution, for the partitions that are not iid",
+        "Hsu et al. 2019",
+        low=1e-3,
+    )
     rule: str = setting("mean", "how active clients' models are aggregated", "paper", choices=RULES)
     epochs: int = setting(1, "local epochs a round", "testbed", low=1, high=100)
     batch_size: int = setting(20, "images a local step", "testbed", low=1)
@@ -75,10 +87,11 @@ class Config:
         if self.mad_start is not None and self.mad_start > self.rounds:
             raise ValueError(f"mad_start {self.mad_start} lies beyond the {self.rounds} rounds; use 1 to {self.rounds}")
         if self.attack not in data.ATTACKS:
-            from model import ATTACKS
+            from model import ATTACKS, OMNISCIENT
 
-            if self.attack not in ATTACKS:
-                raise ValueError(f"attack {self.attack!r} is unknown; known: {', '.join([*data.ATTACKS, *ATTACKS])}")
+            known = data.ATTACKS | ATTACKS | OMNISCIENT
+            if self.attack not in known:
+                raise ValueError(f"attack {self.attack!r} is unknown; known: {', '.join(known)}")
 
 
 def run_name(config: Config) -> str:
@@ -141,7 +154,7 @@ def simulate(
             W = clients.attack(W, w, asked, t)  # [C, P]   what malicious clients submit instead
             scores = mad_step(W, scores, t, config.mad_start, config.settings)  # eqs. (1)-(7) and exclusion
             w = aggregate(W, clients.sizes, scores.active, config.rule, clients.malicious.sum(), w)  # [P]
-            log(t, train_loss, clients.evaluate(w), w, scores)
+            log(t, train_loss, clients.evaluate(w, t), w, scores)
     return log.result()
 
 
@@ -150,10 +163,14 @@ def gather(config: Config, dataset: data.Dataset):
     from model import Clients
 
     c = config
-    shares, labels = data.share_out(dataset.train_labels, c.clients, c.malicious, c.seed, c.attack, c.flip)
-    training = {"epochs": c.epochs, "batch_size": c.batch_size, "lr": c.lr, "method": c.method}
-    train, test = (dataset.train_images, labels), (dataset.test_images, dataset.test_labels)
-    return Clients(train, test, shares, seed=c.seed, attack=c.attack, device=c.device, threads=c.threads, **training)
+    shares, attacked = data.share_out(
+        dataset.train_labels, c.clients, c.malicious, c.seed, c.attack, c.flip, c.partition, c.concentration
+    )
+    return Clients(
+        (dataset.train_images, dataset.train_labels, attacked), (dataset.test_images, dataset.test_labels), shares,
+        seed=c.seed, attack=(c.attack, c.attack_start, c.attack_period), device=c.device, threads=c.threads,
+        epochs=c.epochs, batch_size=c.batch_size, lr=c.lr, method=c.method,
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------- what a run leaves behind
@@ -690,8 +707,8 @@ def add_options(group, of: type) -> None:
         if f.name == "settings":
             continue
         about = f.metadata
-        name = {"alpha": "alpha_reputation"}.get(f.name, f.name)  # there is an alpha in more than one place
-        kind = {"mad_start": start_round, "threads": int, "data_root": str}.get(f.name, type(f.default))
+        name = {"alpha": "alpha_reputation", "concentration": "alpha"}.get(f.name, f.name)  # alpha is Dirichlet's
+        kind = {"mad_start": start_round}.get(f.name) or next(k for k in (get_args(f.type) or [f.type]) if k)
         default = "" if f.default is None else f"default: {f.default}, "
         group.add_argument(
             "--" + name.replace("_", "-"),
@@ -706,6 +723,7 @@ def add_options(group, of: type) -> None:
 
 def plan(given: dict) -> list[tuple[Config, Path]]:
     """The new runs that the command line asks for by the options `given`, each with its folder."""
+    check_counts(given)
     base, out = configure(given, Config()), given.get("out", Path("results"))
     seeds = range(base.seed, base.seed + given.get("seeds", 1))
     if "experiment" in given:
@@ -718,6 +736,13 @@ def plan(given: dict) -> list[tuple[Config, Path]]:
     configs = [(replace(c, seed=seed), folder) for folder, cs in groups.items() for seed in seeds for c in cs]
     runs = {folder / run_name(config): config for config, folder in configs}  # what is asked for twice is run once
     return [(config, folder) for folder, config in runs.items()]
+
+
+def check_counts(given: dict) -> None:
+    """ValueError for a number of seeds or of processes that can't be meant."""
+    for name in ("seeds", "jobs"):
+        if not 1 <= given.get(name, 1) <= MOST_RUNS:
+            raise ValueError(f"{name} {given[name]} must be at least 1 and at most {MOST_RUNS}")
 
 
 def configure(given: dict, base: Config) -> Config:
@@ -733,6 +758,7 @@ def plan_resumed(given: dict) -> list[tuple[Config, Path]]:
 
     Another option may stand beside it if it says the same; ValueError if not, and for options that belong to new runs.
     """
+    check_counts(given)
     for name in ("seeds", "experiment", "overwrite", "out"):
         if name in given:
             raise ValueError(f"--resume goes on with runs that are there; leave out --{name}")
@@ -779,9 +805,6 @@ def main(argv: list[str] | None = None) -> int:
     given = vars(parser.parse_args(argv))
     resume, folders, begun = "resume" in given, [], False
     try:
-        for name in ("seeds", "jobs"):
-            if not 1 <= given.get(name, 1) <= MOST_RUNS:
-                raise ValueError(f"{name} {given[name]} must be at least 1 and at most {MOST_RUNS}")
         runs = plan_resumed(given) if resume else plan(given)
         if resume:
             for folder in [folder for _, folder in runs if complete(folder)]:

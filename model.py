@@ -24,6 +24,12 @@ DROPOUT = (0.3, 0.2)  # testbed: after each of them
 ADAM = dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, amsgrad=False, maximize=False)  # PyTorch's own
 METHODS = ("stacked", "loop")
 BLOCK = 32  # ours, measured: clients trained at once, which bounds the memory; 8 take 15 % longer, 64 as long
+NOISE = 0.5  # ours: ten times the standard deviation of an initial weight, 0.04
+SCALE = 10.0  # the paper's number of clients: so enlarged, one change outweighs the nine others
+DEVIATIONS = 1.5  # Baruch et al.'s own z in their experiments
+EPSILON = 5.0  # ours: above 4, at which 20 % attackers turn the average
+SMALL = 1e-12  # a distance that is none
+HUG = 1.2  # ours: within the 1.25 spreads of trust.Settings.outlying
 EVALUATED = (8, 28)  # ours, measured: groups, and images in each, that are evaluated at once
 
 
@@ -374,9 +380,56 @@ def submit_nan(W: Tensor, w: Tensor, rng: np.random.Generator) -> Tensor:
     return torch.full_like(W, float("nan"))
 
 
+def flip_sign(W: Tensor, w: Tensor, rng: np.random.Generator) -> Tensor:
+    """The opposite of what was trained (as in Li et al. 2019)."""
+    return w - (W - w)
+
+
+def add_noise(W: Tensor, w: Tensor, rng: np.random.Generator) -> Tensor:
+    """What was trained, with normal noise on every weight."""
+    return W + torch.from_numpy(rng.normal(0, NOISE, W.shape)).to(W)
+
+
+def scale_up(W: Tensor, w: Tensor, rng: np.random.Generator) -> Tensor:
+    """The change, many times as large (Bagdasaryan et al. 2020); the labels are flipped, see data.ATTACKS."""
+    return w + SCALE * (W - w)
+
+
+def a_little_is_enough(W: Tensor, w: Tensor, rng: np.random.Generator) -> Tensor:
+    """ALIE (Baruch et al. 2019): all submit the mean of what they trained, honestly, less so many standard deviations
+    in every weight that it still looks usual. One malicious client alone has no deviation, and does no harm."""
+    return (W.mean(0) - DEVIATIONS * W.std(0, correction=0)).expand_as(W)
+
+
+def manipulate_inner_product(W: Tensor, w: Tensor, rng: np.random.Generator) -> Tensor:
+    """IPM (Xie et al. 2020): all submit the opposite of their mean change, enlarged so far that the average of all
+    clients turns against the honest ones."""
+    return (w - EPSILON * (W.mean(0) - w)).expand_as(W)
+
+
 # name -> attack(W [m, P], w [P], rng) -> [m, P]: what the m malicious clients submit instead of their trained
 # weights W, knowing the global weights w that they got.
-ATTACKS: dict[str, Callable[[Tensor, Tensor, np.random.Generator], Tensor]] = {"nan": submit_nan}
+ATTACKS: dict[str, Callable[[Tensor, Tensor, np.random.Generator], Tensor]] = {
+    "nan": submit_nan,
+    "sign_flip": flip_sign,
+    "noise": add_noise,
+    "scaled": scale_up,
+    "alie": a_little_is_enough,
+    "ipm": manipulate_inner_product,
+}
+
+
+def hug(W: Tensor, honest: Tensor, w: Tensor, rng: np.random.Generator) -> Tensor:
+    """Ours: an attacker that knows MAD and sees every model. It has flipped its labels, and goes from the honest
+    clients' centre towards what it has trained only as far as MAD calls nobody outlying."""
+    centre = honest.mean(0)
+    reach = HUG * (honest - centre).norm(dim=1).median()
+    away = W - centre
+    return centre + away * (reach / away.norm(dim=1, keepdim=True).clamp(min=SMALL)).clamp(max=1)
+
+
+# The same, for attackers who also see what the honest clients submit: attack(W [m, P], honest [h, P], w [P], rng).
+OMNISCIENT: dict[str, Callable[[Tensor, Tensor, Tensor, np.random.Generator], Tensor]] = {"hug": hug}
 
 
 # ---------------------------------------------------------------- the clients of a run
@@ -385,29 +438,40 @@ ATTACKS: dict[str, Callable[[Tensor, Tensor, np.random.Generator], Tensor]] = {"
 class Clients:
     """The clients of a run and their data on the device: what a round asks of them.
 
-    `train` is the images uint8 [n, 28, 28] and labels int64 [n], as the clients see them, of which `shares` has, for
-    each client, the numbers it trains on (`train`) and validates on (`validation`), and whether it is `malicious`;
-    `test` the test images and labels. `seed` and `attack` determine what is drawn and what malicious clients submit,
-    `training` is `train_clients`'. Raises ValueError for the device cuda where there is none.
+    `train` is the images uint8 [n, 28, 28] and labels int64 [n] without and with the attack on them, of which `shares`
+    has, for each client, the numbers it trains on (`train`) and validates on (`validation`), and whether it is
+    `malicious`; `test` the test images and labels. `attack` is the name of what malicious clients do, the round from
+    which they do it, and for how many rounds at a time (None: without a pause). `training` is `train_clients`'.
+    Raises ValueError for the device cuda where there is none.
     """
 
     def __init__(
-        self, train, test, shares: Sequence, *, seed: int, attack: str, device: str, threads: int | None, **training
+        self,
+        train: tuple[np.ndarray, np.ndarray, np.ndarray],
+        test: tuple[np.ndarray, np.ndarray],
+        shares: Sequence,
+        *,
+        seed: int,
+        attack: tuple[str, int, int | None],
+        device: str,
+        threads: int | None,
+        **training,
     ):
-        self.shares, self.seed, self.attack_name, self.training = shares, seed, attack, training
+        self.shares, self.seed, self.attack_plan, self.training = shares, seed, attack, training
         self.device = pick_device(device)
         if threads:
             torch.set_num_threads(threads)
         self.threads = torch.get_num_threads()
         self.malicious = np.array([share.malicious for share in shares])  # [C]
         self.sizes = np.array([len(share.train) for share in shares])  # [C]
-        self.images, self.labels = self.tensors(*train)
+        images, true, attacked = train
+        self.images, self.labels = self.tensors(images, true)
+        self.attacked_labels = self.tensors(images[:0], attacked)[1]
         # What every round evaluates in one pass: the test images, then the clients' own validation images.
         test_images, self.test_labels = self.tensors(*test)
-        own = np.concatenate([share.validation for share in shares])
-        self.own_labels = self.labels[own]
+        self.own = np.concatenate([share.validation for share in shares])
         self.owner = np.repeat(np.arange(len(shares)), [len(share.validation) for share in shares])
-        self.evaluated = lay_out(torch.cat([test_images, self.images[own]]))
+        self.evaluated = lay_out(torch.cat([test_images, self.images[self.own]]))
 
     def tensors(self, images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
         """Images [n, 1, 28, 28] scaled to [-1, 1] (testbed) and labels [n], on the device."""
@@ -420,26 +484,38 @@ class Clients:
         who = np.flatnonzero(asked)
         rngs = [np.random.default_rng([self.seed, t, client, 1]) for client in who]
         members = [self.shares[client].train for client in who]
-        W, loss = train_clients(self.send(w), self.images, self.labels, members, rngs, **self.training)
+        W, loss = train_clients(self.send(w), self.images, self.labels_in(t), members, rngs, **self.training)
         losses = np.full(len(asked), np.nan)
         losses[who] = loss.cpu().numpy()
         return W, losses
 
     def attack(self, W: Tensor, w: np.ndarray, asked: np.ndarray, t: int) -> np.ndarray:
         """The submissions [C, P] as the server gets them; NaN rows of clients that were not asked."""
-        bad = self.malicious[asked]
-        if self.attack_name in ATTACKS and bad.any():
+        bad, name = self.malicious[asked], self.attack_plan[0]
+        if bad.any() and self.attacking(t):
             rng = np.random.default_rng([self.seed, t, 2])
-            W[bad] = ATTACKS[self.attack_name](W[bad], self.send(w), rng)
+            if name in ATTACKS:
+                W[bad] = ATTACKS[name](W[bad], self.send(w), rng)
+            if name in OMNISCIENT:
+                W[bad] = OMNISCIENT[name](W[bad], W[~bad], self.send(w), rng)
         submitted = np.full((len(asked), W.shape[1]), np.nan, np.float32)
         submitted[asked] = W.cpu().numpy()
         return submitted
 
-    def evaluate(self, w: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
-        """Loss and accuracy [C] on the clients' own validation data, and the metrics on the test set."""
+    def evaluate(self, w: np.ndarray, t: int) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
+        """Loss and accuracy [C] on the clients' own validation data in round t, and the metrics on the test set."""
         logits, n = predict(self.send(w), self.evaluated), len(self.test_labels)
-        test, own = logits[:n], logits[n : n + len(self.own_labels)]
-        return *metrics_by_client(own, self.own_labels, self.owner), metrics(test, self.test_labels)
+        test, own = logits[:n], logits[n : n + len(self.own)]
+        return *metrics_by_client(own, self.labels_in(t)[self.own], self.owner), metrics(test, self.test_labels)
+
+    def attacking(self, t: int) -> bool:
+        """Whether malicious clients attack in round t."""
+        _, start, period = self.attack_plan
+        return t >= start and (period is None or (t - start) // period % 2 == 0)
+
+    def labels_in(self, t: int) -> Tensor:
+        """The labels [n] as the clients see them in round t."""
+        return self.attacked_labels if self.attacking(t) else self.labels
 
     def send(self, w: np.ndarray) -> Tensor:
         """The server's weights w [P] on the clients' device."""

@@ -81,7 +81,7 @@ def flops(clients: Clients) -> tuple[float, float]:
                 F.cross_entropy(logits, torch.zeros(1, dtype=torch.int64)).backward()
         return counter.get_total_flops()
 
-    evaluated = len(clients.test_labels) + len(clients.own_labels)
+    evaluated = len(clients.test_labels) + len(clients.own)
     return of_an_image(True) * clients.sizes.sum(), of_an_image(False) * evaluated
 
 

@@ -64,9 +64,49 @@ def test_without_mad_the_attack_hurts_and_with_it_the_attackers_are_gone(phantom
     assert abs(end["mad"].test_auc - end["peace"].test_auc) < 0.05
 
 
-def test_a_trained_federation_stays_in_the_phantoms_range(phantom):
-    run = simulate(Config(rounds=25, malicious=0.0), dataset=phantom)
-    assert 0.90 <= run.rounds.test_accuracy.tail(5).mean() <= 0.98
+@pytest.fixture(scope="module")
+def trained(phantom) -> madsim.Result:
+    """25 rounds without attack."""
+    return simulate(Config(rounds=25, malicious=0.0), dataset=phantom)
+
+
+def test_a_trained_federation_stays_in_the_phantoms_range(trained):
+    assert 0.90 <= trained.rounds.test_accuracy.tail(5).mean() <= 0.98
+
+
+@pytest.mark.parametrize("attack", [name for name in data.ATTACKS | model.ATTACKS if name != "nan"])
+def test_every_attack_hurts_where_there_is_no_defence(attack, trained, phantom, monkeypatch):
+    """The negative control, from a trained model on: after four rounds under attack it is worse than in peace."""
+    monkeypatch.setattr(model, "initial_weights", lambda seed: torch.from_numpy(trained.weights.copy()))
+    attacked, peace = (
+        simulate(Config(rounds=4, malicious=malicious, attack=attack), dataset=phantom).rounds.iloc[-1]
+        for malicious in (0.4, 0.0)
+    )
+    print(attack, attacked.to_dict(), peace.to_dict())
+    assert attacked.test_accuracy < peace.test_accuracy - 0.01 or attacked.honest_loss > 1.2 * peace.honest_loss
+
+
+def test_an_attack_begins_with_its_round_and_pauses_with_its_period(small):
+    """Until then the malicious are as the others, and their validation labels are true."""
+    late = simulate(Config(rounds=5, attack_start=4), dataset=small)
+    peace = simulate(Config(rounds=5, malicious=0.0), dataset=small)
+    columns = ["loss", "accuracy", "test_loss", "test_auc"]
+    same = (late.rounds[columns] == peace.rounds[columns]).all(axis=1).tolist()
+    assert same == [True, True, True, False, False]
+    on_off = simulate(Config(rounds=5, attack_start=2, attack_period=1), dataset=small)
+    attackers = on_off.clients[on_off.clients.malicious == 1].groupby("round").accuracy.mean()
+    honest = on_off.clients[on_off.clients.malicious == 0].groupby("round").accuracy.mean()
+    assert (attackers < honest - 0.1).tolist() == [False, True, False, True, False]
+
+
+@pytest.mark.parametrize("partition", ["dirichlet", "quantity"])
+def test_unequal_clients_train_exactly(partition, small):
+    """Stacked, with clients of very different sizes, gives what each gives alone; the average weighs them by size."""
+    config = Config(rounds=2, partition=partition, concentration=0.3, seed=1)
+    stacked, loop = (simulate(replace(config, method=method), dataset=small) for method in ("stacked", "loop"))
+    sizes = [len(share.train) for share in madsim.gather(config, small).shares]
+    assert max(sizes) > 5 * min(sizes)
+    pd.testing.assert_frame_equal(stacked.rounds, loop.rounds, rtol=1e-3)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -288,7 +328,9 @@ def refusal(capsys, *arguments: str | Path) -> str:
         ("--seeds 0", "seeds 0 must be at least 1"),
         ("--jobs 0", "jobs 0 must be at least 1"),
         ("--threshold 2", "threshold 2.0 must be at least 0 and at most 1"),
-        ("--attack flipp", "'flipp' is unknown; known: label_flip, nan"),
+        ("--attack flipp", "'flipp' is unknown; known: label_flip, one_way_flip, scaled, hug, nan, sign_flip, noise"),
+        ("--partition odd", "invalid choice: 'odd' (choose from"),
+        ("--partition dirichlet --alpha 0", "concentration 0.0 must be at least 0.001 and finite"),
         ("--rule medoid", "invalid choice: 'medoid' (choose from"),
         ("--dataset mnist", "invalid choice: 'mnist' (choose from"),
         ("--preset x", "invalid choice: 'x' (choose from"),
@@ -415,10 +457,10 @@ def test_rows_are_written_as_the_run_goes(small, tmp_path, monkeypatch):
     seen = []
     evaluate = model.Clients.evaluate
 
-    def count(self, w):
+    def count(self, w, t):
         with open(tmp_path / "run" / "rounds.csv") as file:
             seen.append(len(list(csv.reader(file))) - 1)
-        return evaluate(self, w)
+        return evaluate(self, w, t)
 
     monkeypatch.setattr(model.Clients, "evaluate", count)
     simulate(Config(rounds=4), tmp_path / "run", dataset=small)

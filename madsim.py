@@ -833,6 +833,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     for result, (_, folder) in zip(results, runs):
         report(result, folder)
+    report_seeds(results)
     where = folders[0] if len(runs) == 1 else os.path.relpath(os.path.commonpath([f.absolute() for f in folders]))
     if any(len(result.rounds) for result in results):
         print(f"Figures      python plot.py {where}")
@@ -885,6 +886,31 @@ def report(result: Result, folder: Path) -> None:
     ):  # fmt: skip
         print(f"{label:<13}" + "".join(f"{values[column]:>12.3f}" for values in times.values()))
     print(f"Time         {s['seconds']:.1f} s, {s['seconds_per_round']:.3f} s a round")
+
+
+def report_seeds(results: list[Result]) -> None:
+    """A table of the runs that differ in the seed alone: means and sample standard deviations over the seeds."""
+    from pandas import DataFrame
+
+    rows = []
+    for result in results:
+        s = result.summary
+        if s["complete"]:
+            last = {name: s["last_50"][name] for name in ("loss", "honest_accuracy", "test_accuracy", "test_auc")}
+            counts = {"attackers out": s["true_exclusions"], "honest out": s["false_exclusions"]}
+            name = run_name(replace(result.config, seed=0)).removesuffix("-s0")
+            rows.append({"runs": name} | last | counts | {"rounds to detection": s["rounds_to_detection"]})
+    if not rows:
+        return
+    groups = DataFrame(rows).astype({"rounds to detection": float}).groupby("runs", sort=False)
+    if groups.size().max() > 1:
+        mean, deviation = groups.mean(), groups.std()
+        texts = mean.map("{:.3f}".format) + " ± " + deviation.map("{:.3f}".format)
+        texts = texts.where(mean.notna(), "").T  # what lacks in every run
+        print("\nLast 50 rounds, or as many as there are: mean ± standard deviation over seeds")
+        for name, cells in texts.items():
+            print(f"{name}, {groups.size()[name]} seeds")
+            print("".join(f"             {label:<22}{cell}\n" for label, cell in cells.items() if cell), end="")
 
 
 def command() -> int:

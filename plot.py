@@ -194,7 +194,8 @@ def strategy(run: Run) -> str:
 
 def variants(runs: Sequence[Run]) -> list[str]:
     """What tells each run from the others, its seed aside: its strategy and which attack, on how many."""
-    fields = ("attack", "malicious", "flip", "clients", "rounds")
+    fields = ("attack", "malicious", "flip", "attack_start", "attack_period")
+    fields += ("clients", "partition", "concentration", "rounds")
     differing = [name for name in fields if len({run.config.get(name) for run in runs if run.attacked}) > 1]
     texts = []
     for run in runs:
@@ -206,17 +207,21 @@ def variants(runs: Sequence[Run]) -> list[str]:
     return [f"{key[0]} ({run.name})" if count[key] > 1 else key[0] for key, run in zip(keys, runs)]
 
 
-def styles(runs: Sequence[Run]) -> list[dict]:
-    """Label, colour and line style of each run; runs that differ in the seed alone share the colour."""
-    texts, seeds = variants(runs), [run.config.get("seed") for run in runs]
-    kinds, lots = list(dict.fromkeys(texts)), list(dict.fromkeys(seeds))
-    given = []
-    for text, seed in zip(texts, seeds):
-        kind, lot = kinds.index(text), lots.index(seed)
-        label = f"{text}, seed {seed}" if len(lots) > 1 else text
-        colour, dashes = COLOURS[kind % len(COLOURS)], LINES[(kind + lot) % len(LINES)]
-        given.append({"label": label, "color": colour, "linestyle": dashes})
-    return given
+def bundles(runs: Sequence[Run]) -> list[tuple[dict, list[Run]]]:
+    """The runs that differ in nothing but their seed, together, with label, colour and line style of their line."""
+    together: dict[str, list[Run]] = {}
+    for run, text in zip(runs, variants(runs)):
+        together.setdefault(text, []).append(run)
+    seeds = {run.config.get("seed") for run in runs}
+    found = []
+    for kind, (text, members) in enumerate(together.items()):
+        if len(members) > 1:
+            text += f", mean of {len(members)} seeds"
+        elif len(seeds) > 1:
+            text += f", seed {members[0].config.get('seed')}"
+        style = {"label": text, "color": COLOURS[kind % len(COLOURS)], "linestyle": LINES[kind % len(LINES)]}
+        found.append((style, members))
+    return found
 
 
 def title(subject: str, runs: Sequence[Run]) -> str:
@@ -228,41 +233,66 @@ def title(subject: str, runs: Sequence[Run]) -> str:
     return f"{subject}\n{data}, {length}, {word}{', '.join(map(str, seeds))}"
 
 
+def band_title(subject: str, runs: Sequence[Run]) -> str:
+    """The `title`, which says what the bands are where there are some."""
+    banded = any(len(members) > 1 for _, members in bundles(runs))
+    return title(subject, runs) + "; band: ± one standard deviation over the seeds" * banded
+
+
 # ---------------------------------------------------------------- plotting into Axes
 
 
 def plot_loss(ax: Axes, runs: Sequence[Run]) -> None:
-    """Fig. 3(a): mean cross-entropy (nats) over the participating clients, one line a run."""
+    """Fig. 3(a): mean cross-entropy (nats) over the participating clients, one line a run; of runs that differ in
+    the seed alone their mean, with a band of one sample standard deviation to each side."""
     _plot_curve(ax, runs, "loss", "Mean loss of participating clients", "cross-entropy (nats)")
 
 
 def plot_accuracy(ax: Axes, runs: Sequence[Run]) -> None:
-    """Fig. 3(b): mean accuracy (0 to 1) of the participating clients on their own validation data, one line a run."""
+    """Fig. 3(b): mean accuracy (0 to 1) of the participating clients on their own validation data, as in Fig. 3(a)."""
     _plot_curve(ax, runs, "accuracy", "Mean accuracy of participating clients", "accuracy (fraction correct)")
 
 
 def _plot_curve(ax: Axes, runs: Sequence[Run], column: str, subject: str, unit: str) -> None:
-    prepare(ax, title(subject, runs), unit)
-    for run, style in zip(runs, styles(runs)):
-        line(ax, run.rounds["round"], run.rounds[column], **style)
+    prepare(ax, band_title(subject, runs), unit)
+    for style, members in bundles(runs):
+        band(ax, over_seeds(members, column), **style)
+
+
+def over_seeds(members: Sequence[Run], column: str) -> DataFrame:
+    """A column of rounds.csv of each run, side by side, for the rounds [t] that all of them have."""
+    import pandas as pd
+
+    each = [run.rounds.drop_duplicates("round", keep="last").set_index("round")[column] for run in members]
+    return pd.concat(each, axis=1, join="inner")
+
+
+def band(ax: Axes, values: DataFrame, **style) -> None:
+    """The line of the mean of the columns and, where there are several, a band of one standard deviation around it."""
+    mean, spread = values.mean(axis=1), values.std(axis=1)
+    line(ax, values.index, mean, **style)
+    if values.shape[1] > 1:
+        ax.fill_between(values.index, mean - spread, mean + spread, color=style["color"], alpha=0.2, linewidth=0)
 
 
 def plot_honest_accuracy(ax: Axes, runs: Sequence[Run]) -> None:
     """Fig. 3(c): mean accuracy (0 to 1) of the honest clients, each round light and the running mean over it strong.
 
-    The running mean does not reach across the MAD start, so that nothing rises before its cause.
+    The running mean does not reach across the MAD start, so that nothing rises before its cause. Of runs that differ in
+    the seed alone, the mean of their running means with a band, as in Fig. 3(a).
     """
     window = max(run.recorded for run in runs) // 20 | 1
     subject = f"Mean accuracy of honest clients: each round (light), running mean, window {window} (strong)"
-    prepare(ax, title(subject, runs), "accuracy (fraction correct)")
+    prepare(ax, band_title(subject, runs), "accuracy (fraction correct)")
     ax.set_xlabel("round (dashed vertical line: MAD start)")
-    for run, style in zip(runs, styles(runs)):
-        t, accuracy = run.rounds["round"], run.rounds["honest_accuracy"]
-        before_start = t < (run.config.get("mad_start") or 0)
+    for style, members in bundles(runs):
+        accuracy = over_seeds(members, "honest_accuracy")
+        before_start = accuracy.index < (members[0].config.get("mad_start") or 0)
         smooth = accuracy.groupby(before_start).transform(running_mean, window)
-        line(ax, t, accuracy, color=style["color"], alpha=0.35, linewidth=0.6, zorder=1)
-        line(ax, t, smooth, **style)
-        mark_start(ax, run, color=style["color"])
+        light = accuracy.mean(axis=1)
+        line(ax, light.index, light, color=style["color"], alpha=0.35, linewidth=0.6, zorder=1)
+        band(ax, smooth, **style)
+        mark_start(ax, members[0], color=style["color"])
 
 
 def running_mean(values: Series, window: int) -> Series:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import data
+from madsim import main
 
 
 @pytest.fixture(scope="session")
@@ -38,3 +39,13 @@ def real_root() -> Path:
 @pytest.fixture(scope="session")
 def real(real_root) -> data.Dataset:
     return data.load("pneumoniamnist", real_root)
+
+
+def refusal(capsys, *arguments: str | Path) -> str:
+    """The one line with which the command line refuses these arguments."""
+    with pytest.raises(SystemExit) as stop:
+        main(list(map(str, arguments)))
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("madsim: ") and captured.err.count("\n") == 1
+    return captured.err

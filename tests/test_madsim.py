@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import refusal
 
 import data
 import madsim
@@ -278,6 +279,27 @@ def test_experiments_are_the_papers():
     assert [c.mad_start for c in madsim.experiment("fig3a", Config(), 20)[:6]] == [1, 4, 8, 12, 16, None]
 
 
+def test_seeds_are_summed_up_by_hand(small, capsys):
+    """Losses 0.5 and 0.7: mean 0.6, sample deviation 0.1 * sqrt 2. What was cut short is left out."""
+    run = simulate(Config(rounds=1), dataset=small)
+    last = dict.fromkeys(run.summary["last_50"], 0.5)
+
+    def with_loss(seed, loss, complete=True):
+        summary = run.summary | {"last_50": last | {"loss": loss}, "complete": complete}
+        return replace(run, config=replace(run.config, seed=seed), summary=summary)
+
+    madsim.report_seeds([with_loss(0, 0.5), with_loss(1, 0.7), with_loss(2, 9.0, complete=False)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:4] == [
+        "Last 50 rounds, or as many as there are: mean ± standard deviation over seeds",
+        "nomad-rounds1, 2 seeds",
+        "             loss                  0.600 ± 0.141",
+    ]
+    assert "             attackers out         0.000 ± 0.000" in lines and "detection" not in "".join(lines)
+    madsim.report_seeds([with_loss(0, 0.5)])
+    assert capsys.readouterr().out == ""
+
+
 def test_what_an_experiment_asks_for_twice_is_run_once():
     """Without malicious clients, never starting MAD is the run without attack."""
     plan = madsim.plan({"experiment": "fig3a", "malicious": 0.0})
@@ -292,16 +314,6 @@ def test_each_experiment_has_a_folder_of_its_own(tmp_path):
 
 
 # ---------------------------------------------------------------- the command line
-
-
-def refusal(capsys, *arguments: str | Path) -> str:
-    """The one line with which the command line refuses these arguments."""
-    with pytest.raises(SystemExit) as stop:
-        main(list(map(str, arguments)))
-    assert stop.value.code == 2
-    captured = capsys.readouterr()
-    assert captured.err.startswith("madsim: ") and captured.err.count("\n") == 1
-    return captured.err
 
 
 @pytest.mark.parametrize(

@@ -153,20 +153,37 @@ def test_no_line_for_a_start_that_never_comes_or_has_not_come(tmp_path):
     ],
 )
 def test_label_of_one_run(tmp_path, config, label):
-    assert [style["label"] for style in plot.styles([loaded(tmp_path / "a", **config)])] == [label]
+    assert [style["label"] for style, _ in plot.bundles([loaded(tmp_path / "a", **config)])] == [label]
 
 
-def test_seeds_are_told_and_share_a_colour(tmp_path):
-    kinds = [(3, 0), (3, 1), (None, 0), (None, 1)]
-    runs = [loaded(tmp_path / f"{start}-{seed}", mad_start=start, seed=seed) for start, seed in kinds]
-    styles = plot.styles(runs)
-    assert [style["label"] for style in styles] == [
-        "MAD from round 3, seed 0", "MAD from round 3, seed 1", "never (FedAvg), seed 0", "never (FedAvg), seed 1",
-    ]  # fmt: skip
-    colours = [style["color"] for style in styles]
-    assert colours[0] == colours[1] != colours[2] == colours[3]
-    assert styles[0]["linestyle"] != styles[1]["linestyle"]
-    assert plot.title("Loss", runs) == "Loss\nPneumoniaMNIST, 4 rounds, seeds 0, 1"
+def test_seeds_are_drawn_as_their_mean_with_a_band(tmp_path):
+    """Losses 0.9, 0.7, 0.2, 0.1 of seed 0, and 0.2 more of seed 1: mean + 0.1, sample deviation 0.1 * sqrt 2."""
+    runs = [loaded(tmp_path / f"3-{seed}", seed=seed) for seed in (0, 1)]
+    runs.append(loaded(tmp_path / "never", mad_start=None))
+    runs[1].rounds["loss"] += 0.2
+    ax = new_ax()
+    plot.plot_loss(ax, runs)
+    assert list(lines(ax)) == ["MAD from round 3, mean of 2 seeds", "never (FedAvg), seed 0"]
+    mean, other = ax.lines
+    assert list(mean.get_ydata()) == pytest.approx([1.0, 0.8, 0.3, 0.2])
+    assert mean.get_color() != other.get_color() and mean.get_linestyle() != other.get_linestyle()
+    (area,) = ax.collections
+    heights = area.get_paths()[0].vertices[:, 1]
+    assert (heights.max(), heights.min()) == pytest.approx((1 + 0.1 * 2**0.5, 0.2 - 0.1 * 2**0.5))
+    assert heading(ax).endswith("PneumoniaMNIST, 4 rounds, seeds 0, 1; band: ± one standard deviation over the seeds")
+
+
+def test_a_band_has_the_rounds_that_all_seeds_have(tmp_path):
+    whole, short = loaded(tmp_path / "a"), make_run(tmp_path / "b", seed=1)
+    write_csv(short / "rounds.csv", ["round", "loss", "honest_accuracy"], [(1, 0.9, 0.5), (2, 0.7, 0.6), (2, 0.5, 0.7)])
+    ax = new_ax()
+    plot.plot_loss(ax, [whole, plot.load_run(short)])
+    assert list(ax.lines[0].get_xdata()) == [1, 2]
+    assert list(ax.lines[0].get_ydata()) == pytest.approx([0.9, 0.6])  # of a round written twice, the last
+    ax = new_ax()
+    plot.plot_honest_accuracy(ax, [whole, plot.load_run(short)])
+    assert list(lines(ax)["MAD from round 3, mean of 2 seeds"].get_ydata()) == pytest.approx([0.55, 0.7])
+    assert len(ax.collections) == 1
 
 
 def test_label_tells_what_differs_among_attacked_runs(tmp_path):
@@ -181,12 +198,12 @@ def test_runs_that_would_look_alike_are_told_by_their_folders(tmp_path):
     assert plot.variants(runs) == [
         "MAD from round 3 (mad3-s0)", "MAD from round 3 (mad3-testbed-s0)", "never (FedAvg)",
     ]  # fmt: skip
-    assert len({(style["color"], style["linestyle"]) for style in plot.styles(runs)}) == 3
+    assert len({(style["color"], style["linestyle"]) for style, _ in plot.bundles(runs)}) == 3
 
 
 def test_many_runs_keep_distinct_styles(tmp_path):
     runs = [loaded(tmp_path / str(start), mad_start=start) for start in range(1, 29)]
-    assert len({(style["color"], style["linestyle"]) for style in plot.styles(runs)}) == 28
+    assert len({(style["color"], style["linestyle"]) for style, _ in plot.bundles(runs)}) == 28
 
 
 @pytest.mark.parametrize(
@@ -526,7 +543,7 @@ def test_any_folder_is_read_or_refused(tmp_path, config, rounds, clients):
         assert "config.json is damaged" in str(error)
         return
     plot.shortcomings(run)
-    plot.styles([run])
+    plot.bundles([run])
     plot.by_start(run)
     assert plot.title("Loss", [run]).startswith("Loss\n")
 

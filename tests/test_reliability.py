@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import refusal
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -82,16 +83,6 @@ def stopped(tiny, tmp_path, monkeypatch) -> tuple[Path, Path]:
 
 def resume(folder: Path, dataset: data.Dataset) -> madsim.Result:
     return simulate(read_config(folder), folder, dataset=dataset, resume=True)
-
-
-def refusal(capsys, *arguments: str | Path) -> str:
-    """The one line with which the command line refuses these arguments."""
-    with pytest.raises(SystemExit) as stop:
-        main(list(map(str, arguments)))
-    assert stop.value.code == 2
-    captured = capsys.readouterr()
-    assert captured.err.startswith("madsim: ") and captured.err.count("\n") == 1
-    return captured.err
 
 
 # ---------------------------------------------------------------- killed

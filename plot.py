@@ -41,6 +41,7 @@ HONEST, ATTACKER, THRESHOLD = "#8C8C8C", "#D55E00", "#0072B2"
 
 CURVES = ("loss", "accuracy", "honest_accuracy")
 SCORES = ("reputation", "trust")
+JUMP_PARTS = {"composition": "who is averaged", "model": "the model itself"}  # and how the figure calls them
 LABELS = ("normal", "pneumonia")  # the data set's labels 0 and 1
 SAMPLE_BYTES = 100_000  # of a run's samples.npz, unpacked, at most; madsim's have 3678
 
@@ -62,6 +63,7 @@ class Run:
     rounds: DataFrame  # "round" and CURVES; one row a round
     clients: DataFrame  # "round", "client", "malicious", "active" and SCORES; one row a round and client
     samples: tuple[NDArray, NDArray] | None  # images uint8 [4, 28, 28] and their labels [4]
+    jump: dict | None = None  # of the first exclusion: its round, and loss and accuracy, each with its JUMP_PARTS
 
     @property
     def name(self) -> str:
@@ -118,7 +120,9 @@ def load_run(folder: str | Path) -> Run:
     config = read_config(folder / "config.json")
     rounds = read_table(folder / "rounds.csv", ["round"], CURVES)
     clients = read_table(folder / "clients.csv", ["round", "client", "malicious"], ["active", *SCORES])
-    return Run(folder, config, rounds, clients, read_samples(folder / "samples.npz"))
+    return Run(
+        folder, config, rounds, clients, read_samples(folder / "samples.npz"), read_jump(folder / "summary.json")
+    )
 
 
 def read_config(path: Path) -> dict:
@@ -170,6 +174,16 @@ def read_samples(path: Path) -> tuple[NDArray, NDArray] | None:
         return None
     whole = images.shape == (4, 28, 28) and labels.shape == (4,) and np.isin(labels, range(len(LABELS))).all()
     return (images, labels.astype(int)) if whole and images.dtype == np.uint8 else None
+
+
+def read_jump(path: Path) -> dict | None:
+    """The first exclusion's jump from a summary.json; None where there is none, or no such file, or it is damaged."""
+    try:
+        jump = json.loads(path.read_bytes())["jumps"][0]
+        parts = {name: {part: float(jump[name][part]) for part in JUMP_PARTS} for name in ("loss", "accuracy")}
+        return {"round": int(jump["round"])} | parts
+    except (OSError, ValueError, TypeError, LookupError, OverflowError, RecursionError):
+        return None
 
 
 def shortcomings(run: Run) -> str:
@@ -295,6 +309,34 @@ def plot_honest_accuracy(ax: Axes, runs: Sequence[Run]) -> None:
         mark_start(ax, members[0], color=style["color"])
 
 
+def plot_jump(ax: Axes, runs: Sequence[Run], name: str) -> None:
+    """What the first exclusion changed in the participants' mean `name` (loss or accuracy) from one round to the next:
+    a bar for who is averaged and one for the model itself; of runs that differ in the seed alone means, with lines of
+    one sample standard deviation to each side."""
+    import numpy as np
+
+    ax.set(xlabel={"loss": "change of loss (nats)", "accuracy": "change of accuracy (fraction correct)"}[name])
+    ax.xaxis.get_major_locator().set_params(nbins=6)
+    ax.grid(color="0.92")
+    ax.set_axisbelow(True)
+    rows = bundles(runs)
+    for place, (part, label) in enumerate(JUMP_PARTS.items()):
+        values = [[run.jump[name][part] for run in members] for _, members in rows]
+        ax.barh(
+            np.arange(len(rows)) + 0.4 * place - 0.2,
+            [np.mean(each) for each in values],
+            height=0.38,
+            xerr=[np.std(each, ddof=1) if len(each) > 1 else 0 for each in values],
+            color=COLOURS[4 * place],
+            hatch="//" * place,
+            edgecolor="white",
+            label=label,
+        )
+    ax.set_yticks(range(len(rows)), [style["label"] for style, _ in rows])
+    ax.axvline(0, color="black", linewidth=0.8)
+    ax.invert_yaxis()
+
+
 def running_mean(values: Series, window: int) -> Series:
     """Mean over the `window` (odd) values around each value; near the ends over those there are."""
     return values.rolling(window, center=True, min_periods=1).mean()
@@ -396,6 +438,9 @@ def figures(runs: Sequence[Run], folder: Path) -> Iterator[tuple[Path, Figure]]:
                 figure, ax = new_figure()
                 plot(ax, drawable)
                 yield group / name, figure
+        excluding = [run for run in members if run.jump]
+        if excluding:
+            yield group / "jump", jump_figure(excluding)
         for run in members:
             if run.clients[list(SCORES)].notna().any(axis=None):
                 yield group / f"trust-{run.name}", scores_figure(run)
@@ -407,12 +452,12 @@ def by_start(run: Run) -> tuple:
     return run.config.get("malicious") == 0, start is None, start or 0, run.config.get("seed") or 0, run.name
 
 
-def new_figure(rows: int = 1, columns: int = 1, height: float = 4.2):
+def new_figure(rows: int = 1, columns: int = 1, height: float = 4.2, sharex: bool = True):
     """A figure (inches) and its Axes, made without pyplot: needs no display, and is freed when done with."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, sharex=True)
+    return figure, figure.subplots(rows, columns, sharex=sharex)
 
 
 def scores_figure(run: Run) -> Figure:
@@ -424,6 +469,18 @@ def scores_figure(run: Run) -> Figure:
     axes[0].set_title(heading, loc="left", fontsize="medium")
     axes[0].set_xlabel("")
     axes[1].set_title("", loc="left")
+    return figure
+
+
+def jump_figure(runs: Sequence[Run]) -> Figure:
+    """The change at the first exclusion, of loss above that of accuracy, in its two parts."""
+    rows = len(bundles(runs))
+    figure, axes = new_figure(rows=2, height=2.4 + 0.8 * rows, sharex=False)
+    for ax, name in zip(axes, ("loss", "accuracy")):
+        plot_jump(ax, runs, name)
+    lines = any(len(members) > 1 for _, members in bundles(runs))
+    about = "; lines: ± one standard deviation over the seeds" * lines
+    figure.suptitle(title("Change of the participants' mean loss and accuracy at the first exclusion", runs) + about, fontsize="medium", x=0.02, ha="left")
     return figure
 
 

@@ -304,6 +304,52 @@ def test_attacker_that_never_got_a_score_is_no_obstacle(tmp_path):
     assert "excluded" not in lines(ax)
 
 
+# ---------------------------------------------------------------- the jump at an exclusion
+
+
+def with_jump(folder, composition, model, **config):
+    make_run(folder, **config)
+    parts = {"total": composition + model, "composition": composition, "model": model}
+    jumps = [{"round": 3, "clients": [2], "loss": parts, "accuracy": {name: -value for name, value in parts.items()}}]
+    (folder / "summary.json").write_text(json.dumps({"jumps": jumps}))
+    return plot.load_run(folder)
+
+
+def test_the_jump_is_drawn_in_its_two_parts(tmp_path):
+    """Two seeds, -0.4 and -0.6 for who is averaged: a bar of -0.5 with a line of 0.1 * sqrt 2; and one other run."""
+    runs = [with_jump(tmp_path / "a", -0.4, -0.1), with_jump(tmp_path / "b", -0.6, -0.3, seed=1)]
+    runs.append(with_jump(tmp_path / "c", -0.2, 0.1, mad_start=2))
+    figure = plot.jump_figure(runs)
+    loss, accuracy = figure.axes
+    assert [bar.get_width() for bar in loss.patches] == pytest.approx([-0.5, -0.2, -0.2, 0.1])
+    assert [bar.get_width() for bar in accuracy.patches] == pytest.approx([0.5, 0.2, 0.2, -0.1])
+    composition, model = loss.containers[1], loss.containers[3]
+    assert (composition.get_label(), model.get_label()) == ("who is averaged", "the model itself")
+    assert {bar.get_hatch() for bar in composition} != {bar.get_hatch() for bar in model}
+    labels = [text.get_text() for text in loss.get_yticklabels()]
+    assert labels == ["MAD from round 3, mean of 2 seeds", "MAD from round 2, seed 0"]
+    ends = loss.containers[0].lines[2][0].get_segments()[0][:, 0]
+    assert sorted(ends) == pytest.approx([-0.5 - 0.1 * 2**0.5, -0.5 + 0.1 * 2**0.5])
+    assert "± one standard deviation" in figure.get_suptitle()
+
+
+def test_runs_with_an_exclusion_have_a_jump_figure(tmp_path, capsys):
+    with_jump(tmp_path / "a", -0.4, -0.1)
+    make_run(tmp_path / "b", mad_start=None)
+    assert plot.main([str(tmp_path)]) == 0
+    assert (tmp_path / "figures" / "jump.png").is_file()
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{}", '{"jumps": []}', '{"jumps": {"0": 1}}', '{"jumps": [{"round": 1, "loss": 3}]}', "[" * 10**5, "é"],
+)
+def test_a_damaged_summary_has_no_jump(tmp_path, content):
+    folder = make_run(tmp_path / "a")
+    (folder / "summary.json").write_text(content)
+    assert plot.load_run(folder).jump is None
+
+
 # ---------------------------------------------------------------- files
 
 

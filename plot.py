@@ -479,8 +479,9 @@ def jump_figure(runs: Sequence[Run]) -> Figure:
     for ax, name in zip(axes, ("loss", "accuracy")):
         plot_jump(ax, runs, name)
     lines = any(len(members) > 1 for _, members in bundles(runs))
-    about = "; lines: ± one standard deviation over the seeds" * lines
-    figure.suptitle(title("Change of the participants' mean loss and accuracy at the first exclusion", runs) + about, fontsize="medium", x=0.02, ha="left")
+    heading = title("Change of the participants' mean loss and accuracy at the first exclusion", runs)
+    heading += "; lines: ± one standard deviation over the seeds" * lines
+    figure.suptitle(heading, fontsize="medium", x=0.02, ha="left")
     return figure
 
 

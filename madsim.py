@@ -19,9 +19,11 @@ import subprocess
 import sys
 import time
 import zlib
+from collections.abc import Collection, Iterable
 from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import product
 from pathlib import Path
 from threading import Event, Thread
 from typing import get_args
@@ -35,6 +37,7 @@ import data
 from trust import PRESETS, RULES, Settings, State, aggregate, check_limits, initial_state, mad_step, setting
 
 DIGITS = 6  # significant digits of every number written: more than float32 holds after an average
+CONNECT_SECONDS = 10  # ours: to wait for a cluster's scheduler
 MOST_RUNS = 10_000  # ours: of seeds, and of jobs
 CHECKPOINT_SECONDS = 1.0  # ours: so much, and a round, is what a kill loses; a checkpoint takes some 2 ms
 
@@ -71,6 +74,9 @@ class Config:
     epochs: int = setting(1, "local epochs a round", "testbed", low=1, high=100)
     batch_size: int = setting(20, "images a local step", "testbed", low=1)
     lr: float = setting(1e-3, "learning rate of Adam", "testbed", low=0)
+    membership: int | None = setting(
+        None, "measure what the model tells of its training images, every so many rounds", "ours", low=1
+    )
     method: str = setting("stacked", "train all clients at once, or in a loop", "ours", choices=("stacked", "loop"))
     dataset: str = setting("auto", "auto: phantom if PneumoniaMNIST can't be had", "ours", choices=data.DATASETS)
     data_root: str | None = setting(None, f"folder of {data.FILE} (default: MADSIM_DATA, else medmnist's)", "ours")
@@ -115,14 +121,15 @@ def _differences(one, other) -> dict:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run gives. `rounds` and `clients` are pandas frames with the columns of rounds.csv and clients.csv,
-    `summary` is summary.json's content, `weights` [P] the last global model."""
+    """What a run gives. `rounds`, `clients` and `membership` (None if it was not asked for) are pandas frames with the
+    columns of the CSV files, `summary` is summary.json's content, `weights` [P] the last global model."""
 
     config: Config
     rounds: "pandas.DataFrame"  # noqa: F821 (pandas is imported where it is used)
     clients: "pandas.DataFrame"  # noqa: F821
     summary: dict
     weights: np.ndarray
+    membership: "pandas.DataFrame | None" = None  # noqa: F821
 
 
 # ---------------------------------------------------------------- the round loop
@@ -179,6 +186,8 @@ ROUND_COLUMNS = ["round", "loss", "accuracy", "honest_loss", "honest_accuracy"]
 ROUND_COLUMNS += ["test_loss", "test_accuracy", "test_sensitivity", "test_specificity", "test_auc", "active"]
 CLIENT_COLUMNS = ["round", "client", "malicious", "active", "distance", "d", "reputation", "trust"]
 CLIENT_COLUMNS += ["train_loss", "loss", "accuracy"]
+MEMBERSHIP_COLUMNS = ["round", "test_advantage", "test_error", "test_chance"]
+MEMBERSHIP_COLUMNS += ["validation_advantage", "validation_error", "validation_chance"]
 INTEGERS = {"round", "client", "malicious", "active"}
 CHECKPOINT = "checkpoint.npz"
 
@@ -189,10 +198,14 @@ class Log:
     def __init__(self, config: Config, dataset: data.Dataset, members, out: str | Path | None, resume: bool, bar: bool):
         self.config, self.dataset, self.members, self.resume, self.bar_wanted = config, dataset, members, resume, bar
         self.out = None if out is None else Path(out)
-        self.rounds, self.clients = self.tables = (
-            Table(ROUND_COLUMNS, config.rounds, self.out and self.out / "rounds.csv"),
-            Table(CLIENT_COLUMNS, config.rounds * config.clients, self.out and self.out / "clients.csv"),
-        )
+        self.rounds = Table("rounds.csv", ROUND_COLUMNS, self.out, config.rounds)
+        self.clients = Table("clients.csv", CLIENT_COLUMNS, self.out, config.rounds, rows=config.clients)
+        self.tables, self.membership = [self.rounds, self.clients], None
+        if config.membership:
+            self.membership = Table(
+                "membership.csv", MEMBERSHIP_COLUMNS, self.out, config.rounds, every=config.membership
+            )
+            self.tables.append(self.membership)
         self.seconds, self.kept = [], []
         self.last, self.bar, self.summary = None, None, {"complete": False}
 
@@ -211,7 +224,7 @@ class Log:
         else:
             self._create()
         self.lap = time.perf_counter()
-        self.last = w, scores, [table.mark for table in self.tables]
+        self.last = w, scores, self.last_marks()
         self.save()
         self.bar = tqdm(
             total=self.config.rounds,
@@ -239,11 +252,11 @@ class Log:
         `w` and `scores` are those of a new run: a checkpoint has arrays of the same kind. ValueError if the folder
         is not that of this run, or its files are not as madsim left them.
         """
-        found = read_checkpoint(self.out / CHECKPOINT, w, scores)
+        found = read_checkpoint(self.out / CHECKPOINT, w, scores, self.last_marks())
         refuse_changes(self.out, json.loads(str(found["run"])), self._identity())
-        for table, (size, crc), rows in zip(self.tables, found["marks"].tolist(), (1, self.config.clients)):
+        for table, (size, crc) in zip(self.tables, found["marks"].tolist()):
             table.reopen(size, crc)
-            if table.filled != found["round"] * rows:
+            if table.filled != table.due(found["round"]):
                 raise ValueError(f"{table.path} holds {table.filled} rows at round {found['round']} of the checkpoint")
         about = read_json(self.out / "config.json")
         resumed = about.get("resumed", [])
@@ -273,16 +286,23 @@ class Log:
         ]
         self.rounds.append([[t, *means, *map(rounded, test.values()), int(who.sum())]])
         self.clients.append(rows)
+        if self.membership and t % self.membership.every == 0:
+            received = self.last[0]  # the model that the clients got in this round
+            self.membership.append([[t, *map(rounded, self.members.membership(received, t).values())]])
         self.kept += [t] * scores.kept
         now = time.perf_counter()
         self.seconds.append(now - self.lap)
         self.lap = now
         # In one assignment, so that an interruption finds all of this round or nothing of it.
-        self.last = w, scores, [table.mark for table in self.tables]
+        self.last = w, scores, self.last_marks()
         if now - self.saved >= CHECKPOINT_SECONDS:
             self.save()
         self.bar.set_postfix_str(f"accuracy {means[1]:.3f}, active {who.sum()}", refresh=False)
         self.bar.update()
+
+    def last_marks(self) -> np.ndarray:
+        """How far the tables are written, int [tables, 2]; see `Table`."""
+        return np.array([table.mark for table in self.tables])
 
     def save(self) -> None:
         """Write the checkpoint of the last round recorded, once the rows up to it are safely on the disk."""
@@ -294,7 +314,7 @@ class Log:
             content = io.BytesIO()
             run = as_json(self._identity())
             kept = np.array([r for r in self.kept if r <= t], int)
-            arrays = {"w": w, "marks": np.array(marks), "seconds": np.array(self.seconds[:t], float)}
+            arrays = {"w": w, "marks": marks, "seconds": np.array(self.seconds[:t], float)}
             np.savez(content, run=run, kept_rounds=kept, **arrays, **vars(scores))
             replace_file(self.out / CHECKPOINT, content.getvalue())
         self.saved = time.perf_counter()
@@ -310,16 +330,15 @@ class Log:
         return kind is KeyboardInterrupt and self.last is not None
 
     def frames(self):
-        """The rows so far as two pandas frames."""
-        t = self.last[1].round
-        return self.rounds.frame(t), self.clients.frame(t * self.config.clients)
+        """The rows so far as pandas frames: rounds, clients and, if it is measured, membership."""
+        return [table.frame(self.last[1].round) for table in self.tables]
 
     def _summarise(self, complete: bool) -> None:
         """Make summary.json, once there is a round."""
         t = self.last[1].round
         if not t:
             return
-        summary = summarise(*self.frames(), self.config.mad_start) | {
+        summary = summarise(*self.frames(), mad_start=self.config.mad_start) | {
             "kept_rounds": [r for r in self.kept if r <= t],
             "seconds": round(sum(self.seconds[:t]), 3),
             "seconds_per_round": round(float(np.median(self.seconds[:t])), 4),
@@ -332,19 +351,26 @@ class Log:
             write_json(self.out / "summary.json", self.summary)
 
     def result(self) -> Result:
-        return Result(self.config, *self.frames(), self.summary, self.last[0])
+        rounds, clients, *membership = self.frames()
+        return Result(self.config, rounds, clients, self.summary, self.last[0], *membership)
 
 
 class Table:
-    """Rows of numbers in memory and, with a `path`, in a CSV file written as they come; NaN is an empty field.
+    """Rows of numbers in memory and, with a `folder`, in a CSV file written as they come; NaN is an empty field.
 
-    `mark` is the file's size in bytes and the CRC-32 of them: what a checkpoint keeps and `reopen` goes back to.
+    So many `rows` come every so many rounds. `mark` is the file's size in bytes and the CRC-32 of them: what a
+    checkpoint keeps and `reopen` goes back to.
     """
 
-    def __init__(self, columns: list[str], rows: int, path: Path | None):
-        self.columns, self.path, self.file, self.mark = columns, path, None, (0, 0)
+    def __init__(self, name: str, columns: list[str], folder: Path | None, rounds: int, rows: int = 1, every: int = 1):
+        self.columns, self.rows, self.every = columns, rows, every
+        self.path, self.file, self.mark = folder and folder / name, None, (0, 0)
         # Room for every row at once: kept one by one they would break up the heap, and memory would grow.
-        self.values, self.filled = np.empty((rows, len(columns))), 0
+        self.values, self.filled = np.empty((self.due(rounds), len(columns))), 0
+
+    def due(self, t: int) -> int:
+        """The number of rows after round t."""
+        return t // self.every * self.rows
 
     def create(self) -> None:
         """Begin the file, with the columns' names."""
@@ -392,11 +418,11 @@ class Table:
             with suppress(OSError):  # of a full disk; it was raised when the row was written
                 self.file.close()
 
-    def frame(self, rows: int):
-        """The first so many rows as a pandas frame."""
+    def frame(self, t: int):
+        """The rows up to round t as a pandas frame."""
         from pandas import DataFrame
 
-        table = DataFrame(self.values[:rows], columns=self.columns)
+        table = DataFrame(self.values[: self.due(t)], columns=self.columns)
         return table.astype({name: int for name in self.columns if name in INTEGERS})
 
 
@@ -444,11 +470,11 @@ def read_config(folder: str | Path) -> Config:
         raise ValueError(f"{path} is damaged: {reason}") from None
 
 
-def read_checkpoint(path: Path, w: np.ndarray, scores: State) -> dict[str, np.ndarray]:
-    """The arrays of a checkpoint; ValueError unless they are of the kinds that `w` [P], `scores` and a run need."""
+def read_checkpoint(path: Path, w: np.ndarray, scores: State, marks: np.ndarray) -> dict[str, np.ndarray]:
+    """The arrays of a checkpoint; ValueError unless they are of the kinds of `w` [P], `scores` and `marks`."""
     if not path.is_file():
         raise ValueError(f"{path.parent} can't be resumed: it holds no {path.name}; run it again with --overwrite")
-    kinds = {"w": w, "marks": np.zeros((2, 2), int), "seconds": np.zeros(0), "kept_rounds": np.zeros(0, int)}
+    kinds = {"w": w, "marks": marks, "seconds": np.zeros(0), "kept_rounds": np.zeros(0, int)}
     kinds = {name: np.asarray(value) for name, value in (kinds | vars(scores)).items()}
     try:
         with np.load(path, allow_pickle=False) as found:
@@ -488,8 +514,8 @@ def read_checkpoint(path: Path, w: np.ndarray, scores: State) -> dict[str, np.nd
     return arrays
 
 
-def summarise(rounds, clients, mad_start: int | None) -> dict:
-    """Who was excluded when, and what it did, from the frames of rounds.csv and clients.csv."""
+def summarise(rounds, clients, membership=None, *, mad_start: int | None) -> dict:
+    """Who was excluded when, and what it did, from the frames of rounds.csv, clients.csv and membership.csv."""
     malicious = [int(c) for c in clients.client[clients.malicious == 1].unique()]
     out = clients[clients.active == 0].drop_duplicates("client")  # every excluded client's first row without it
     excluded = {int(client): int(t) for client, t in zip(out.client, out["round"])}
@@ -507,7 +533,15 @@ def summarise(rounds, clients, mad_start: int | None) -> dict:
         "rounds_to_detection": max(0, max(excluded[c] for c in malicious) - mad_start) if caught else None,
         "last_50": {name: rounded(value) for name, value in last_50.items()},
         "jumps": [jump(clients, t) for t in sorted(set(excluded.values())) if t > 1],
+        "membership": None if membership is None else {c: held(membership, clients, c) for c in malicious},
     }
+
+
+def held(membership, clients, client: int) -> dict | None:
+    """What was measured last of a model that the client has received, which it did when it was trained."""
+    received = clients[(clients.client == client) & clients.train_loss.notna()]["round"].max()
+    rows = membership[membership["round"] <= received].to_dict("records")
+    return rows[-1] if rows else None
 
 
 def jump(clients, t: int) -> dict:
@@ -615,40 +649,238 @@ def without_nan(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+# ---------------------------------------------------------------- experiments
+
+LAST = 10  # ours: the rounds at a run's end that its table means
+DETECTION = ("true_exclusions", "false_exclusions", "precision", "recall", "rounds_to_detection")
+TABLED = {  # columns of an experiment's Markdown table: heading and decimals
+    "true_exclusions": ("attackers out", 1), "false_exclusions": ("honest out", 1),
+    "precision": ("precision", 2), "recall": ("recall", 2), "rounds_to_detection": ("rounds to detection", 1),
+    "loss": ("loss", 3), "honest_accuracy": ("honest accuracy", 3), "test_accuracy": ("test accuracy", 3),
+    "test_sensitivity": ("test sensitivity", 3), "test_auc": ("test AUC", 3),
+    "held_test_advantage": ("advantage held, test", 3),
+    "held_validation_advantage": ("advantage held, validation", 3),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A grid of runs: every row with every column, each a name and the options that make it, as on the command line."""
+
+    about: str
+    rounds: int
+    rows: dict[str, dict]
+    columns: dict[str, dict]
+
+    def sets(self) -> set[str]:
+        """The options that it sets itself."""
+        return {name for part in (*self.rows.values(), *self.columns.values()) for name in part}
+
+    def cells(self, given: dict) -> dict[tuple[str, str], Config]:
+        """Each cell's run, by its row's and column's names, with the options `given` besides its own.
+
+        Other rounds than the experiment's scale whatever starts in a round or lasts for some.
+        """
+        rounds = given.get("rounds", self.rounds)
+        found = {}
+        for row, column in product(self.rows, self.columns):
+            options = given | {"rounds": rounds} | self.rows[row] | self.columns[column]
+            for name in ("mad_start", "attack_start", "attack_period"):
+                if options.get(name):
+                    options[name] = max(1, round(options[name] * rounds / self.rounds))
+            found[row, column] = replace(configure(options, Config()), mad_start=options.get("mad_start"))
+        return found
+
+
+def mad_from(*starts: int | None) -> dict[str, dict]:
+    return {f"MAD from {start}" if start else "never": {"mad_start": start} for start in starts}
+
+
+FLIP = {"attack": "label_flip", "flip": 1.0, "malicious": 0.2}
+HONEST = {"no attack": FLIP | {"malicious": 0.0}}
+ATTACKED = {"label_flip": FLIP} | {
+    name: FLIP | {"attack": name} for name in ("one_way_flip", "scaled", "sign_flip", "noise", "alie", "ipm", "hug")
+}
+MIN_MAX = {"scale_floor": 0.0}
+ALWAYS_GROUPED = {"clusters": 2, "silhouette": -1.0, "outlying": 0.0}  # the smaller cluster is always outlying
+PARTS = {"dirichlet": (10.0, 1.0, 0.5), "quantity": (1.0, 0.5)}
+
+EXPERIMENTS = {
+    "fig3a": Experiment(
+        "Figs. 3(a, b): MAD from several rounds, never, and no attack",
+        100,
+        mad_from(5, 20, 40, 60, 80, None) | {"no attack": {"malicious": 0.0}},
+        {"": {}},
+    ),
+    "fig3c": Experiment("Fig. 3(c): MAD from early and late in a long run", 1000, mad_from(10, 500), {"": {}}),
+    "readings": Experiment(
+        "readings of what the paper leaves open",
+        60,
+        {
+            "min-max, K = 1, dropped": MIN_MAX | {"clusters": 1},
+            "min-max, K = 2, dropped": MIN_MAX | ALWAYS_GROUPED,
+            "min-max, K = 1, observed": MIN_MAX | {"clusters": 1, "excluded": "observed"},
+            "min-max, K = 2, observed": MIN_MAX | ALWAYS_GROUPED | {"excluded": "observed"},
+            "floor of 2, K = 1": {"scale_floor": 2.0, "clusters": 1},
+            "floor of 2, K = 2": {"scale_floor": 2.0, "floored": "always"} | ALWAYS_GROUPED,
+            "silhouette alone": {"outlying": 0.0},
+            "preset paper": {},
+            "preset testbed": {"preset": "testbed"},
+        },
+        {
+            f"{share:.0%}, {start}": {"malicious": share} | options
+            for start, options in mad_from(5, 40).items()
+            for share in (0.0, 0.2, 0.4)
+        },
+    ),
+    "attacks": Experiment(
+        "what every attack does, without MAD and with it",
+        60,
+        HONEST
+        | ATTACKED
+        | {
+            "label_flip of 50 %": FLIP | {"flip": 0.5},
+            "label_flip of 30 %": FLIP | {"flip": 0.3},
+            "label_flip from round 30": FLIP | {"attack_start": 30},
+            "label_flip, 5 rounds on, 5 off": FLIP | {"attack_period": 5},
+            "alie, 40 % malicious": FLIP | {"attack": "alie", "malicious": 0.4},
+            "hug, 40 % malicious": FLIP | {"attack": "hug", "malicious": 0.4},
+        },
+        mad_from(None, 10),
+    ),
+    "defences": Experiment(
+        "MAD beside other rules, under every attack",
+        40,
+        {f"mean, {name}": {"rule": "mean"} | options for name, options in mad_from(None, 5).items()}
+        | {name: {"rule": name, "mad_start": None} for name in RULES if name != "mean"},
+        HONEST | ATTACKED,
+    ),
+    "noniid": Experiment(
+        "clients that differ in size and labels",
+        60,
+        {"iid": {"partition": "iid"}}
+        | {
+            f"{name}, alpha {alpha:g}": {"partition": name, "concentration": alpha}
+            for name, alphas in PARTS.items()
+            for alpha in alphas
+        },
+        {
+            f"{attack}, {start}": malicious | options
+            for attack, malicious in (HONEST | {"label_flip": FLIP}).items()
+            for start, options in mad_from(None, 10).items()
+        },
+    ),
+    "membership": Experiment(
+        "what the model that each client last received tells of its training images",
+        600,
+        mad_from(10, 500, None),
+        {"": {"membership": 10}},
+    ),
+}
+PAPER = ("fig3a", "fig3c")  # --experiment paper
+
+
+def tidy(cells: dict[Path, tuple[str, str]]):
+    """A pandas frame of finished runs, given with the row and column that their folders belong to: one row a run, with
+    its settings and what came of it. Of the metrics, means over the last LAST rounds."""
+    from pandas import DataFrame, read_csv
+
+    rows = []
+    for folder, (row, column) in cells.items():
+        if not (folder / "summary.json").is_file():  # it failed in its first round
+            continue
+        about, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
+        rounds = read_csv(folder / "rounds.csv").drop(columns=["round", "active"])
+        found = {"row": row, "column": column} | identity(read_config(folder))
+        found |= {name: summary[name] for name in ("complete", *DETECTION)}
+        found |= {name: rounded(value) for name, value in rounds.tail(LAST).mean().items()}
+        for name, value in DataFrame(filter(None, (summary["membership"] or {}).values())).mean().items():
+            found[f"held_{name}"] = rounded(value)  # by the attackers, in the mean
+        found |= {"last": len(rounds), "data": about["data"]["name"]} | about["git"]
+        rows.append(found)
+    return DataFrame(rows)
+
+
+def over_seeds(table):
+    """What the runs of each cell of a `tidy` frame came to, in words: mean and sample standard deviation over seeds."""
+    shown = {name: about for name, about in TABLED.items() if name in table}
+    table = table.astype(dict.fromkeys(shown, float))
+    groups = table[table.complete].groupby(["row", "column"], sort=False)
+    texts = groups.size().to_frame("seeds")
+    for name, (heading, decimals) in shown.items():
+        mean, deviation = groups[name].mean(), groups[name].std()
+        pairs = [(f"{m:.{decimals}f}", f" ± {s:.{decimals}f}" if s == s else "") for m, s in zip(mean, deviation)]
+        texts[heading] = ["".join(pair) if m == m else "" for pair, m in zip(pairs, mean)]
+    return texts
+
+
+def markdown(texts, heading: str) -> str:
+    """A frame of texts as a Markdown table under a heading."""
+    table = texts.reset_index()
+    lines = [list(table.columns), ["---"] * table.shape[1], *table.astype(str).values.tolist()]
+    return "\n".join([heading, "", *(f"| {' | '.join(cells)} |" for cells in lines), ""])
+
+
 # ---------------------------------------------------------------- several runs
 
-# The paper's figures: rounds, MAD starts (None: never), and whether a run without attack belongs to it.
-EXPERIMENTS = {
-    "fig3a": (100, (5, 20, 40, 60, 80, None), True),
-    "fig3c": (1000, (10, 500), False),
-}
 
-
-def experiment(name: str, base: Config, rounds: int | None) -> list[Config]:
-    """The runs of one of the paper's figures. Other `rounds` than the paper's scale the MAD starts with them."""
-    paper_rounds, starts, no_attack = EXPERIMENTS[name]
-    rounds = rounds or paper_rounds
-    scaled = dict.fromkeys(start and max(1, round(start * rounds / paper_rounds)) for start in starts)
-    configs = [replace(base, rounds=rounds, mad_start=start) for start in scaled]
-    return configs + [replace(base, rounds=rounds, mad_start=None, malicious=0.0)] * no_attack
-
-
-def simulate_all(runs: list[tuple[Config, Path]], dataset: data.Dataset, jobs: int, resume: bool) -> list[Result]:
-    """The runs, given with their folders: one with all threads, several as processes that share the cores."""
-    if len(runs) == 1:
-        return [simulate(*runs[0], dataset=dataset, resume=resume, bar=True)]
+def simulate_all(
+    runs: dict[Path, Config],
+    dataset: data.Dataset,
+    jobs: int,
+    backend: str = "loky",
+    scheduler: str | None = None,
+) -> list[Result | ValueError | FloatingPointError]:
+    """The runs, given with their folders: one with all threads, several as processes that share the cores, or the
+    workers of a cluster. A run whose folder has a checkpoint goes on from it. Of several, one that fails gives its
+    error, and the others go on."""
+    if not runs:
+        return []
+    if len(runs) == 1 and backend == "loky":
+        [(folder, config)] = runs.items()
+        return [simulate(config, folder, dataset=dataset, resume=(folder / CHECKPOINT).is_file(), bar=True)]
     from joblib import Parallel, delayed
 
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")  # if the processes are killed
     jobs = min(jobs, len(runs))
-    threads = max(1, os.cpu_count() // jobs)
-    each = [(replace(config, threads=config.threads or threads), folder.absolute()) for config, folder in runs]
-    with rounds_bar(runs):
-        return Parallel(n_jobs=jobs)(delayed(simulate)(*run, dataset=dataset, resume=resume) for run in each)
+    threads = 1 if backend == "dask" else max(1, os.cpu_count() // jobs)
+    each = [(replace(config, threads=config.threads or threads), folder.absolute()) for folder, config in runs.items()]
+    with workers(backend, scheduler), rounds_bar(runs):
+        return Parallel(n_jobs=jobs)(delayed(attempt)(*run, dataset) for run in each)
+
+
+def attempt(config: Config, folder: Path, dataset: data.Dataset) -> Result | ValueError | FloatingPointError:
+    """A run among several: it, or why it failed."""
+    try:
+        return simulate(config, folder, dataset=dataset, resume=(folder / CHECKPOINT).is_file())
+    except (ValueError, FloatingPointError) as error:
+        return type(error)(f"{folder}: {error}")
 
 
 @contextmanager
-def rounds_bar(runs: list[tuple[Config, Path]]):
+def workers(backend: str, scheduler: str | None):
+    """Within it joblib's Parallel runs on processes of this machine (loky), or on a Dask cluster at an address.
+
+    A cluster's workers see the same folders, find these modules, and have one thread each, as a run has PyTorch's
+    threads and random state for itself. ValueError if not, or for a cluster that can't be had.
+    """
+    if backend == "loky":
+        yield
+        return
+    from joblib import parallel_config
+
+    try:
+        from distributed import Client
+    except ImportError:
+        raise ValueError("backend dask needs a package that is not here: pip install distributed") from None
+    with Client(scheduler, timeout=CONNECT_SECONDS) as client, parallel_config(backend="dask"):
+        if crowded := [worker for worker, threads in client.nthreads().items() if threads != 1]:
+            raise ValueError(f"workers {', '.join(crowded)} have several threads; start them with --nthreads 1")
+        yield
+
+
+@contextmanager
+def rounds_bar(runs: dict[Path, Config]):
     """One progress bar for runs in other processes, which tell how far they are by the rows that they have written."""
     from tqdm import tqdm
 
@@ -658,11 +890,11 @@ def rounds_bar(runs: list[tuple[Config, Path]]):
 
     def watch() -> None:
         while not finished.wait(0.5):
-            bar.update(sum(rows(folder) for _, folder in runs) - bar.n)
+            bar.update(sum(rows(folder) for folder in runs) - bar.n)
 
     finished = Event()
-    total = sum(config.rounds for config, _ in runs)
-    done = sum(rows(folder) for _, folder in runs)
+    total = sum(config.rounds for config in runs.values())
+    done = sum(rows(folder) for folder in runs)
     about = {"unit": "round", "desc": f"{len(runs)} runs", "disable": None, "dynamic_ncols": True}
     with tqdm(total=total, initial=done, **about) as bar:
         watcher = Thread(target=watch)
@@ -690,8 +922,16 @@ def make_parser() -> argparse.ArgumentParser:
     add_options(parser.add_argument_group("a run"), Config)
     several = parser.add_argument_group("several runs, and where they go")
     several.add_argument("--seeds", type=int, metavar="N", help="run N seeds, from --seed on")
-    several.add_argument("--experiment", choices=[*EXPERIMENTS, "paper"], help="a figure of the paper, or all of them")
+    several.add_argument(
+        "--experiment",
+        choices=[*EXPERIMENTS, "paper"],
+        help="a grid of runs and their table; paper: all of its figures. Called again, it goes on where it stopped",
+    )
     several.add_argument("--jobs", type=int, metavar="N", help="processes [default: one a core]")
+    several.add_argument(
+        "--backend", choices=("loky", "dask"), help="processes here, or a Dask cluster [default: loky]"
+    )
+    several.add_argument("--scheduler", metavar="ADDRESS", help="of the Dask cluster, such as tcp://host:8786")
     several.add_argument("--out", type=Path, metavar="DIR", help="[default: results]")
     several.add_argument("--overwrite", action="store_true", help="replace run folders that exist")
     several.add_argument("--resume", type=Path, nargs="+", metavar="DIR", help="go on with runs that were cut short")
@@ -721,21 +961,35 @@ def add_options(group, of: type) -> None:
         )
 
 
-def plan(given: dict) -> list[tuple[Config, Path]]:
-    """The new runs that the command line asks for by the options `given`, each with its folder."""
+def plan(given: dict) -> dict[Path, Config]:
+    """The new runs that the command line asks for by the options `given`, each in its folder."""
     check_counts(given)
-    base, out = configure(given, Config()), given.get("out", Path("results"))
-    seeds = range(base.seed, base.seed + given.get("seeds", 1))
+    out = given.get("out", Path("results"))
     if "experiment" in given:
-        if "mad_start" in given:
-            raise ValueError(f"experiment {given['experiment']} sets its own MAD starts; leave out --mad-start")
-        names = EXPERIMENTS if given["experiment"] == "paper" else [given["experiment"]]
-        groups = {out / name: experiment(name, base, given.get("rounds")) for name in names}
+        groups = {folder: [*cells.values()] for folder, cells in plan_experiments(given).items()}
     else:
-        groups = {out: [replace(base, mad_start=start) for start in dict.fromkeys(given.get("mad_start", [None]))]}
-    configs = [(replace(c, seed=seed), folder) for folder, cs in groups.items() for seed in seeds for c in cs]
-    runs = {folder / run_name(config): config for config, folder in configs}  # what is asked for twice is run once
-    return [(config, folder) for folder, config in runs.items()]
+        base = configure(given, Config())
+        groups = {out: [replace(base, mad_start=start) for start in given.get("mad_start", [None])]}
+    return {  # what is asked for twice is run once
+        folder / run_name(replace(config, seed=seed)): replace(config, seed=seed)
+        for folder, configs in groups.items()
+        for seed in seeds_of(given)
+        for config in configs
+    }
+
+
+def plan_experiments(given: dict) -> dict[Path, dict[tuple[str, str], Config]]:
+    """The cells of the experiments that are asked for, by the folders of their runs."""
+    names = PAPER if given["experiment"] == "paper" else [given["experiment"]]
+    for name in names:
+        if clash := sorted(EXPERIMENTS[name].sets() & given.keys()):
+            raise ValueError(f"experiment {name} sets {', '.join(clash)} itself; leave that out")
+    return {given.get("out", Path("results")) / name: EXPERIMENTS[name].cells(given) for name in names}
+
+
+def seeds_of(given: dict) -> range:
+    first = given.get("seed", 0)
+    return range(first, first + given.get("seeds", 1))
 
 
 def check_counts(given: dict) -> None:
@@ -753,7 +1007,7 @@ def configure(given: dict, base: Config) -> Config:
     return replace(base, **own, settings=settings)
 
 
-def plan_resumed(given: dict) -> list[tuple[Config, Path]]:
+def plan_resumed(given: dict) -> dict[Path, Config]:
     """The runs of the folders given by --resume, with the settings that they were begun with.
 
     Another option may stand beside it if it says the same; ValueError if not, and for options that belong to new runs.
@@ -764,28 +1018,62 @@ def plan_resumed(given: dict) -> list[tuple[Config, Path]]:
             raise ValueError(f"--resume goes on with runs that are there; leave out --{name}")
     folders = {folder.resolve(): folder for folder in given["resume"]}.values()  # each once
     runs = {folder: read_config(folder) for folder in folders}
+    for folder in runs:
+        if not complete(folder) and not (folder / CHECKPOINT).is_file():
+            raise ValueError(f"{folder} can't be resumed: it holds no {CHECKPOINT}; run it again with --overwrite")
     if len({config.dataset for config in runs.values()}) > 1:
         raise ValueError("these runs have different data sets; resume them one by one")
     for folder, begun in runs.items():
         runs[folder] = configure(given, begun)
         starts = {"mad_start": given.get("mad_start", [begun.mad_start])}
         refuse_changes(folder, identity(begun) | {"mad_start": [begun.mad_start]}, identity(runs[folder]) | starts)
-    return [(config, folder) for folder, config in runs.items()]
+    return runs
 
 
-def refuse_folders(folders: list[Path], overwrite: bool) -> None:
-    """ValueError if a run's folder exists, unless it may be replaced and is indeed a run's."""
-    for folder in folders:
-        if folder.exists() and not overwrite:
-            way_out = "; --resume goes on with it" if unfinished([folder]) else ""
-            raise ValueError(f"{folder} exists; use --overwrite to replace it, or another --out{way_out}")
-        # One that was killed as it was made may hold nothing yet, or half a config.json.
-        begun = folder.is_dir() and all(path.name.startswith("config.json") for path in folder.iterdir())
-        if folder.exists() and not begun and not (folder / "config.json").is_file():
-            raise ValueError(f"{folder} exists and is not a run's folder; it is not replaced")
-        if (folder / "rounds.csv").is_file():
-            with open(folder / "rounds.csv", "rb") as file:
-                lock(file)
+def make_ready(planned: dict[Path, Config], given: dict) -> tuple[dict[Path, Config], data.Dataset]:
+    """Those of the planned runs that have not come to their end, and the data.
+
+    Folders that are in the way are refused or, if they may be replaced, removed: last of all, so that what can't be
+    run costs no earlier run. An experiment's own runs are not in the way. ValueError if they are not what is asked for.
+    """
+    overwrite, resume = "overwrite" in given, "resume" in given
+    grid = "experiment" in given and not overwrite
+    stay = [folder for folder in planned if resume or (grid and (folder / CHECKPOINT).is_file())]
+    finished = [folder for folder in stay if complete(folder)]
+    in_the_way = [folder for folder in planned if folder not in stay and folder.exists()]
+    for folder in in_the_way:
+        refuse_folder(folder, replaceable=overwrite or (grid and hollow(folder)))
+    first = next(iter(planned.values()))
+    dataset = data.load(first.dataset, first.data_root)
+    gather(first, dataset)
+    for folder in finished:
+        if resume:
+            print(f"{folder} is complete")
+        else:
+            md5 = {"data's MD5": read_json(folder / "config.json").get("data", {}).get("md5")}
+            now = identity(planned[folder]) | {"data's MD5": dataset.md5}
+            refuse_changes(folder, identity(read_config(folder)) | md5, now)
+    for folder in in_the_way:
+        shutil.rmtree(folder)
+    return {folder: config for folder, config in planned.items() if folder not in finished}, dataset
+
+
+def refuse_folder(folder: Path, replaceable: bool) -> None:
+    """ValueError if a folder that exists may not be replaced, is no run's, or is being written."""
+    if not replaceable:
+        way_out = "; --resume goes on with it" if unfinished([folder]) else ""
+        raise ValueError(f"{folder} exists; use --overwrite to replace it, or another --out{way_out}")
+    if not hollow(folder) and not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} exists and is not a run's folder; it is not replaced")
+    if (folder / "rounds.csv").is_file():
+        with open(folder / "rounds.csv", "rb") as file:
+            lock(file)
+
+
+def hollow(folder: Path) -> bool:
+    """Whether a run was killed as its folder was made, before anything was recorded: the checkpoint comes last."""
+    made = {"config.json", "samples.npz", "rounds.csv", "clients.csv", "membership.csv", CHECKPOINT}
+    return folder.is_dir() and {path.name.removesuffix(".part") for path in folder.iterdir()} <= made - {CHECKPOINT}
 
 
 def complete(folder: Path) -> bool:
@@ -795,7 +1083,7 @@ def complete(folder: Path) -> bool:
     return False
 
 
-def unfinished(folders: list[Path]) -> list[Path]:
+def unfinished(folders: Iterable[Path]) -> list[Path]:
     """Those of the folders that hold a run which was cut short and can be resumed."""
     return [folder for folder in folders if (folder / CHECKPOINT).is_file() and not complete(folder)]
 
@@ -803,61 +1091,73 @@ def unfinished(folders: list[Path]) -> list[Path]:
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     given = vars(parser.parse_args(argv))
-    resume, folders, begun = "resume" in given, [], False
+    grid, runs, begun = "experiment" in given, {}, False
     try:
-        runs = plan_resumed(given) if resume else plan(given)
-        if resume:
-            for folder in [folder for _, folder in runs if complete(folder)]:
-                print(f"{folder} is complete")
-            runs = [run for run in runs if not complete(run[1])]
-            if not runs:
-                return 0
-        folders = [folder for _, folder in runs]
-        if not resume:
-            refuse_folders(folders, "overwrite" in given)
-        dataset = data.load(runs[0][0].dataset, runs[0][0].data_root)
-        gather(runs[0][0], dataset)  # what can't be run is refused before an earlier run's folder is touched
-        for folder in [folder for folder in folders if folder.exists() and not resume]:
-            shutil.rmtree(folder)
-        introduce(runs, dataset)
+        planned = plan_resumed(given) if "resume" in given else plan(given)
+        runs, dataset = make_ready(planned, given)
+        if runs:
+            introduce(runs, dataset)
         begun = True
-        results = simulate_all(runs, dataset, given.get("jobs", os.cpu_count()), resume)
+        several = {name: given[name] for name in ("backend", "scheduler") if name in given}
+        results = simulate_all(runs, dataset, given.get("jobs", os.cpu_count()), **several)
     except BrokenExecutor:
-        parser.error(f"a run's process was killed{way_on(folders)}")
+        parser.error(f"a run's process was killed{way_on(runs, grid)}")
     except (ValueError, FloatingPointError) as error:
         parser.error(str(error))
     except (OSError, MemoryError) as error:
-        parser.error(f"{error}{way_on(folders) if begun else ''}")
+        parser.error(f"{error}{way_on(runs, grid) if begun else ''}")
     except KeyboardInterrupt:  # a single run ends in order by itself; here it had not begun, or others were cut short
-        print(f"\nmadsim: stopped{way_on(folders)}", file=sys.stderr)
+        print(f"\nmadsim: stopped{way_on(runs, grid)}", file=sys.stderr)
         return 130
-    for result, (_, folder) in zip(results, runs):
-        report(result, folder)
-    report_seeds(results)
-    where = folders[0] if len(runs) == 1 else os.path.relpath(os.path.commonpath([f.absolute() for f in folders]))
-    if any(len(result.rounds) for result in results):
-        print(f"Figures      python plot.py {where}")
-    return 0 if all(result.summary["complete"] for result in results) else 130
+    done = {folder: result for folder, result in zip(runs, results) if isinstance(result, Result)}
+    if grid:
+        tabulate_experiments(given)
+    else:
+        report_all(done)
+    for error in (result for result in results if not isinstance(result, Result)):
+        print(f"madsim: {error}", file=sys.stderr)
+    if len(done) < len(runs):
+        return 2
+    return 0 if all(result.summary["complete"] for result in done.values()) else 130
 
 
-def way_on(folders: list[Path]) -> str:
+def way_on(folders: Collection[Path], grid: bool = False) -> str:
     """How to go on with those of the runs that were begun and not finished, and which were not even begun."""
     cut_short, absent = unfinished(folders), [str(folder) for folder in folders if not folder.exists()]
+    if grid:
+        return "; the same command goes on" if len(absent) < len(folders) else ""
     not_begun = f"; not begun: {', '.join(absent)}" if absent and len(folders) > 1 else ""
     command = shlex.join(["python", "madsim.py", "--resume", *map(str, cut_short)])
     return not_begun + (f"; go on with: {command}" if cut_short else "")
 
 
-def introduce(runs: list[tuple[Config, Path]], dataset: data.Dataset) -> None:
+def introduce(runs: dict[Path, Config], dataset: data.Dataset) -> None:
     """Say what is about to run."""
     if dataset.note:
         print(f"PHANTOM IMAGES, not PneumoniaMNIST: {dataset.note}", file=sys.stderr)
-    config = runs[0][0]
-    rounds = sum(config.rounds for config, _ in runs)
+    clients = " or ".join(str(n) for n in sorted({config.clients for config in runs.values()}))
+    rounds = sum(config.rounds for config in runs.values())
     print(
-        f"{dataset.name}, {len(dataset.train_labels)} training images; {config.clients} clients; "
+        f"{dataset.name}, {len(dataset.train_labels)} training images; {clients} clients; "
         f"{len(runs)} run{'s' * (len(runs) > 1)}, {rounds} rounds in all"
     )
+
+
+def report_all(results: dict[Path, Result]) -> None:
+    """What came of the runs, each and over seeds, and how to draw them."""
+    for folder, result in results.items():
+        report(result, folder)
+    cells = {folder: (run_name(replace(r.config, seed=0)).removesuffix("-s0"), "") for folder, r in results.items()}
+    if len(set(cells.values())) < len(cells):
+        report_seeds(tidy(cells))
+    if any(len(result.rounds) for result in results.values()):
+        print(f"Figures      python plot.py {common_folder(results)}")
+
+
+def common_folder(folders: Collection[Path]) -> str:
+    """The run's folder, or the nearest that holds them all."""
+    whole = os.path.commonpath([folder.absolute() for folder in folders])
+    return str(*folders) if len(folders) == 1 else os.path.relpath(whole)
 
 
 def report(result: Result, folder: Path) -> None:
@@ -888,29 +1188,44 @@ def report(result: Result, folder: Path) -> None:
     print(f"Time         {s['seconds']:.1f} s, {s['seconds_per_round']:.3f} s a round")
 
 
-def report_seeds(results: list[Result]) -> None:
-    """A table of the runs that differ in the seed alone: means and sample standard deviations over the seeds."""
-    from pandas import DataFrame
+def report_seeds(table) -> None:
+    """For runs that differ in the seed alone, given as `tidy` does, their means and deviations over the seeds."""
+    print(f"\nLast {LAST} rounds: mean ± standard deviation over seeds")
+    for (name, _), texts in over_seeds(table).iterrows():
+        print(f"{name}, {texts.pop('seeds')} seeds")
+        print("".join(f"             {label:<22}{text}\n" for label, text in texts.items() if text), end="")
 
-    rows = []
-    for result in results:
-        s = result.summary
-        if s["complete"]:
-            last = {name: s["last_50"][name] for name in ("loss", "honest_accuracy", "test_accuracy", "test_auc")}
-            counts = {"attackers out": s["true_exclusions"], "honest out": s["false_exclusions"]}
-            name = run_name(replace(result.config, seed=0)).removesuffix("-s0")
-            rows.append({"runs": name} | last | counts | {"rounds to detection": s["rounds_to_detection"]})
-    if not rows:
-        return
-    groups = DataFrame(rows).astype({"rounds to detection": float}).groupby("runs", sort=False)
-    if groups.size().max() > 1:
-        mean, deviation = groups.mean(), groups.std()
-        texts = mean.map("{:.3f}".format) + " ± " + deviation.map("{:.3f}".format)
-        texts = texts.where(mean.notna(), "").T  # what lacks in every run
-        print("\nLast 50 rounds, or as many as there are: mean ± standard deviation over seeds")
-        for name, cells in texts.items():
-            print(f"{name}, {groups.size()[name]} seeds")
-            print("".join(f"             {label:<22}{cell}\n" for label, cell in cells.items() if cell), end="")
+
+def tabulate_experiments(given: dict) -> None:
+    """Write each experiment's table.csv, a row a run, and table.md, a row a cell; say the essence of it."""
+    for folder, cells in plan_experiments(given).items():
+        seeds = seeds_of(given)
+        runs = {folder / run_name(replace(c, seed=seed)): cell for cell, c in cells.items() for seed in seeds}
+        table = tidy(runs)
+        if table.empty:
+            continue
+        replace_file(folder / "table.csv", table.to_csv(index=False).encode())
+        texts = over_seeds(table)
+        replace_file(folder / "table.md", markdown(texts, heading(folder.name, table)).encode())
+        few = texts[["seeds", "attackers out", "honest out", "honest accuracy", "test accuracy"]]
+        print(f"\n{EXPERIMENTS[folder.name].about}; last {LAST} rounds, mean ± standard deviation over seeds")
+        print(few.to_string())
+        print(f"Tables       {folder / 'table.md'}, {folder / 'table.csv'}\nFigures      python plot.py {folder}")
+
+
+def heading(name: str, table) -> str:
+    """What stands above an experiment's Markdown table: what it is, and which code made it from which data."""
+    commits = ", ".join(sorted({str(commit) for commit in table.commit}))
+    dirty = " (with changes)" if table.dirty.any() else ""
+    short = table[~table.complete]
+    failed = [f"{run.row} {run.column}, seed {run.seed}, after round {run.last}" for run in short.itertuples()]
+    ended = f" Ended early: {'; '.join(failed)}." * bool(failed)
+    return (
+        f"# {name}: {EXPERIMENTS[name].about}\n\n"
+        f"`python madsim.py --experiment {name}`; {', '.join(table.data.unique())}; {table.rounds.max()} rounds; "
+        f"seeds {', '.join(map(str, sorted(table.seed.unique())))}; commit {commits}{dirty}. Mean ± sample standard "
+        f"deviation over the seeds; of losses and accuracies, of their means over the last {LAST} rounds.{ended}"
+    )
 
 
 def command() -> int:

@@ -59,6 +59,9 @@ class Settings:
     scale_floor: float = setting(
         2.5, "without an outlying group d = 0 lies at least so many spreads away; 0: min-max", "ours, measured", low=0
     )
+    floored: str = setting(
+        "ungrouped", "when the scale floor holds: without an outlying group", "ours", choices=("ungrouped", "always")
+    )
     alpha: float = setting(0.5, "d from which reputation rises, eq. (2)", "paper", low=0, high=1)
     beta_reputation: float = setting(0.75, "smoothing of reputation, eq. (4)", "paper", low=0, high=1)
     beta_trust: float = setting(0.85, "smoothing of trust, eq. (6)", "paper", low=0, high=1)
@@ -204,8 +207,8 @@ def normalised_distance(W: Array, spread: float, settings: Settings) -> tuple[Ar
     """From the scored clients' weights W [n, P]: distance [n], d [n] in [0, 1], and the new spread.
 
     d = 1 - (distance - lo) / (hi - lo), with lo the least distance and hi the greatest; where no outlying
-    group is found, hi is at least `settings.scale_floor` spreads, so that nobody is called far for being
-    merely the farthest. hi = lo gives d = 1. Ours: the paper says "normalized Euclidean distance".
+    group is found (or always: `settings.floored`), hi is at least `settings.scale_floor` spreads, so that nobody is
+    called far for being merely the farthest. hi = lo gives d = 1. Ours: the paper says "normalized Euclidean distance".
 
     For K = 2 a model submitted by several clients counts once: copies are the tightest of clusters, so clients that
     copied an honest one would cost others their places. Ours too.
@@ -218,7 +221,7 @@ def normalised_distance(W: Array, spread: float, settings: Settings) -> tuple[Ar
     distance = centre_distances(squared, main)
     spread = max(spread, float(np.median(distance[counted])))
     lo, hi = distance.min(), distance.max()
-    if not group.any():
+    if not group.any() or settings.floored == "always":
         hi = max(hi, settings.scale_floor * spread)
     d = 1 - (distance - lo) / (hi - lo) if hi > lo else np.ones(len(W))
     return distance, d, spread

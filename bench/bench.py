@@ -210,8 +210,8 @@ def bench_jobs(turns: int) -> None:
 
     def all_of(jobs: int, threads: int | None) -> float:
         with tempfile.TemporaryDirectory() as folder:
-            runs = [(replace(config, threads=threads), Path(folder) / str(config.seed)) for config in several]
-            return timed(lambda: simulate_all(runs, dataset, jobs, resume=False))
+            runs = {Path(folder) / str(config.seed): replace(config, threads=threads) for config in several}
+            return timed(lambda: simulate_all(runs, dataset, jobs))
 
     simulate(Config(rounds=2), dataset=dataset)  # warm up
     heading(f"{JOBS_RUNS} runs of {JOBS_ROUNDS} rounds, start-up of the processes included")

@@ -792,6 +792,7 @@ def tidy(cells: dict[Path, tuple[str, str]]):
         about, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
         rounds = read_csv(folder / "rounds.csv").drop(columns=["round", "active"])
         found = {"row": row, "column": column} | identity(read_config(folder))
+        found |= {"attackers": len(summary["malicious"])}
         found |= {name: summary[name] for name in ("complete", *DETECTION)}
         found |= {name: rounded(value) for name, value in rounds.tail(LAST).mean().items()}
         for name, value in DataFrame(filter(None, (summary["membership"] or {}).values())).mean().items():

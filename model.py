@@ -436,6 +436,8 @@ ATTACKS: dict[str, Callable[[Tensor, Tensor, np.random.Generator], Tensor]] = {
 def hug(W: Tensor, honest: Tensor, w: Tensor, rng: np.random.Generator) -> Tensor:
     """Ours: an attacker that knows MAD and sees every model. It has flipped its labels, and goes from the honest
     clients' centre towards what it has trained only as far as MAD calls nobody outlying."""
+    if not len(honest):  # all excluded: nothing is left to hide from
+        return W
     centre = honest.mean(0)
     reach = HUG * (honest - centre).norm(dim=1).median()
     away = W - centre

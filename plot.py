@@ -2,7 +2,7 @@
 
 Draws the paper's Fig. 2 (images) and Fig. 3 (a: loss, b: accuracy, c: honest clients' accuracy), and every run's
 reputation and trust, from whatever the runs at or below the folder have written so far. The runs that lie in one
-folder are compared in one figure.
+folder are compared in one figure; of an experiment's many runs, whose table.csv lies beside them, it draws heat maps.
 
 The plot functions take matplotlib Axes and leave the legend to the caller, so a notebook can use them:
 
@@ -42,6 +42,12 @@ HONEST, ATTACKER, THRESHOLD = "#8C8C8C", "#D55E00", "#0072B2"
 CURVES = ("loss", "accuracy", "honest_accuracy")
 SCORES = ("reputation", "trust")
 JUMP_PARTS = {"composition": "who is averaged", "model": "the model itself"}  # and how the figure calls them
+OTHERS = {"test": "test images", "validation": "validation images of the same clients"}  # than training images
+MOST_LINES = 9  # in one figure; an experiment with more kinds of runs is drawn as heat maps alone
+METRICS = {  # of an experiment, and how its heat maps call them
+    "honest_accuracy": "Accuracy of the honest clients", "test_accuracy": "Accuracy on the test set",
+    "test_sensitivity": "Sensitivity (share of pneumonia found) on the test set",
+}  # fmt: skip
 LABELS = ("normal", "pneumonia")  # the data set's labels 0 and 1
 SAMPLE_BYTES = 100_000  # of a run's samples.npz, unpacked, at most; madsim's have 3678
 
@@ -63,7 +69,8 @@ class Run:
     rounds: DataFrame  # "round" and CURVES; one row a round
     clients: DataFrame  # "round", "client", "malicious", "active" and SCORES; one row a round and client
     samples: tuple[NDArray, NDArray] | None  # images uint8 [4, 28, 28] and their labels [4]
-    jump: dict | None = None  # of the first exclusion: its round, and loss and accuracy, each with its JUMP_PARTS
+    jump: dict | None  # of the first exclusion: its round, and loss and accuracy, each with its JUMP_PARTS
+    membership: DataFrame  # "round" and, for each of OTHERS, its advantage, error and chance; empty if not measured
 
     @property
     def name(self) -> str:
@@ -119,10 +126,11 @@ def load_run(folder: str | Path) -> Run:
     folder = Path(folder)
     config = read_config(folder / "config.json")
     rounds = read_table(folder / "rounds.csv", ["round"], CURVES)
-    clients = read_table(folder / "clients.csv", ["round", "client", "malicious"], ["active", *SCORES])
-    return Run(
-        folder, config, rounds, clients, read_samples(folder / "samples.npz"), read_jump(folder / "summary.json")
-    )
+    clients = read_table(folder / "clients.csv", ["round", "client", "malicious"], ["active", *SCORES, "train_loss"])
+    measured = [f"{name}_{kind}" for name in OTHERS for kind in ("advantage", "error", "chance")]
+    membership = read_table(folder / "membership.csv", ["round"], measured).dropna()
+    samples, jump = read_samples(folder / "samples.npz"), read_jump(folder / "summary.json")
+    return Run(folder, config, rounds, clients, samples, jump, membership)
 
 
 def read_config(path: Path) -> dict:
@@ -159,6 +167,22 @@ def read_table(path: Path, keys: Sequence[str], values: Sequence[str]) -> DataFr
     numbers = table[list(keys)]  # rounds and clients are numbered; what no number can be is left out
     table = table[((numbers >= 0) & (numbers < 2**31) & (numbers % 1 == 0)).all(axis=1)]
     return table.astype(dict.fromkeys(keys, int))
+
+
+def read_grid(path: Path) -> DataFrame:
+    """An experiment's table.csv, one row a run, those left out that did not come to their end, with `right`: the share
+    of its clients that are attackers and excluded, or honest and not. ValueError if it lacks something."""
+    import pandas as pd
+
+    table = pd.read_csv(path, dtype={"row": str, "column": str}).fillna({"row": "", "column": ""})
+    numbers = ["seed", "clients", "attackers", "true_exclusions", "false_exclusions", *METRICS]
+    if lacking := [name for name in ["row", "column", "complete", "data", *numbers] if name not in table]:
+        raise ValueError(f"it lacks {', '.join(lacking)}")
+    table = table[table["complete"].eq(True)].copy()
+    table[numbers] = table[numbers].apply(pd.to_numeric)
+    missed = table["attackers"] - table["true_exclusions"]
+    table["right"] = 1 - (missed + table["false_exclusions"]) / table["clients"]
+    return table
 
 
 def read_samples(path: Path) -> tuple[NDArray, NDArray] | None:
@@ -337,6 +361,60 @@ def plot_jump(ax: Axes, runs: Sequence[Run], name: str) -> None:
     ax.invert_yaxis()
 
 
+def plot_membership(ax: Axes, runs: Sequence[Run], others: str) -> None:
+    """What the model that an attacker holds tells of the honest clients' training images: the membership advantage (0
+    to 1, Yeom et al. 2018) against `others` ("test" or "validation" images), in the last model that it received.
+
+    Of runs that differ in the seed alone the mean, with a band as in Fig. 3(a); else a band of one standard error.
+    """
+    heading = f"Membership advantage in the model that the attackers hold, against {OTHERS[others]}"
+    banded = any(len(members) > 1 for _, members in bundles(runs))
+    band_is = "one standard deviation over the seeds" if banded else "one standard error (bootstrap)"
+    prepare(ax, f"{title(heading, runs)}; band: ± {band_is}", "advantage (0 to 1)")
+    for style, members in bundles(runs):
+        values = held_by_attackers(members, f"{others}_advantage")
+        band(ax, values, **style)
+        if not banded:
+            errors = held_by_attackers(members, f"{others}_error")[0]
+            low, high = values[0] - errors, values[0] + errors
+            ax.fill_between(values.index, low, high, color=style["color"], alpha=0.2, linewidth=0)
+    chance = runs[0].membership[f"{others}_chance"].mean()
+    ax.axhline(chance, color=HONEST, linestyle=":", label="chance alone")
+    ax.set_ylim(bottom=0)
+
+
+def held_by_attackers(members: Sequence[Run], column: str) -> DataFrame:
+    """A column of membership.csv in the last model that the attackers (where there are none, all clients) have received
+    by each round, in their mean; for each run a column, 0, 1, ..."""
+    import pandas as pd
+
+    each = []
+    for run in members:
+        values = run.membership.drop_duplicates("round", keep="last").set_index("round")[column]
+        holders = run.clients[run.clients["malicious"].eq(1) | (not run.clients["malicious"].any())]
+        received = holders.dropna(subset="train_loss").groupby("client")["round"].max()
+        held = [values.where(values.index <= last).ffill() for last in received]
+        each.append(pd.concat(held, axis=1).mean(axis=1))
+    return pd.concat(each, axis=1, join="inner", ignore_index=True)
+
+
+def plot_grid(ax: Axes, table: DataFrame, values: str, texts: Series, heading: str) -> None:
+    """A heat map of an experiment's `table`, as `read_grid` gives it: the column `values` (0 to 1), in the mean over
+    seeds, by row and column of the experiment; in each cell its text, of `texts` by (row, column)."""
+    rows, columns = (list(dict.fromkeys(table[axis])) for axis in ("row", "column"))
+    means = table.groupby(["row", "column"])[values].mean().unstack().reindex(index=rows, columns=columns)
+    image = ax.imshow(means, cmap="cividis", aspect="auto", vmax=1)
+    ax.figure.colorbar(image, ax=ax, pad=0.02)
+    middle = sum(image.get_clim()) / 2
+    for (row, column), text in texts.items():
+        bright = means.loc[row, column] > middle
+        place = {"x": columns.index(column), "y": rows.index(row), "ha": "center", "va": "center"}
+        ax.text(s=text, fontsize="small", color="black" if bright else "white", **place)
+    ax.set_xticks(range(len(columns)), columns, rotation=30, ha="right", rotation_mode="anchor")
+    ax.set_yticks(range(len(rows)), rows)
+    ax.set_title(heading, fontsize="medium", loc="left")
+
+
 def running_mean(values: Series, window: int) -> Series:
     """Mean over the `window` (odd) values around each value; near the ends over those there are."""
     return values.rolling(window, center=True, min_periods=1).mean()
@@ -432,6 +510,14 @@ def figures(runs: Sequence[Run], folder: Path) -> Iterator[tuple[Path, Figure]]:
         yield Path("fig2"), samples_figure(run)
     for group, members in groupby(sorted(runs, key=experiment), key=experiment):
         members = sorted(members, key=by_start)
+        for name, figure in grid_figures(folder / group / "table.csv"):
+            yield group / name, figure
+        if len(kinds := bundles(members)) > MOST_LINES:
+            print(f"{folder / group}: {len(kinds)} kinds of runs are too many for one figure of lines", file=sys.stderr)
+            continue
+        measured = [run for run in members if len(run.membership)]
+        if measured:
+            yield group / "membership", membership_figure(measured)
         for name, plot in zip(CURVES, (plot_loss, plot_accuracy, plot_honest_accuracy)):
             drawable = [run for run in members if run.rounds[name].notna().any()]
             if drawable:
@@ -452,11 +538,11 @@ def by_start(run: Run) -> tuple:
     return run.config.get("malicious") == 0, start is None, start or 0, run.config.get("seed") or 0, run.name
 
 
-def new_figure(rows: int = 1, columns: int = 1, height: float = 4.2, sharex: bool = True):
+def new_figure(rows: int = 1, columns: int = 1, height: float = 4.2, width: float = 8, sharex: bool = True):
     """A figure (inches) and its Axes, made without pyplot: needs no display, and is freed when done with."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, sharex=sharex)
 
 
@@ -483,6 +569,39 @@ def jump_figure(runs: Sequence[Run]) -> Figure:
     heading += "; lines: ± one standard deviation over the seeds" * lines
     figure.suptitle(heading, fontsize="medium", x=0.02, ha="left")
     return figure
+
+
+def membership_figure(runs: Sequence[Run]) -> Figure:
+    """Against test images above, against validation images below."""
+    figure, axes = new_figure(rows=2, height=8)
+    for ax, others in zip(axes, OTHERS):
+        plot_membership(ax, runs, others)
+    return figure
+
+
+def grid_figures(path: Path) -> Iterator[tuple[str, Figure]]:
+    """The heat maps of an experiment with several rows and columns, from its table.csv if there is one."""
+    if not path.is_file():
+        return
+    try:
+        table = read_grid(path)
+    except (ValueError, OSError) as error:
+        print(f"{path}: not drawn, {error}", file=sys.stderr)
+        return
+    rows, columns = table["row"].nunique(), table["column"].nunique()
+    if rows < 2 or columns < 2:
+        return
+    groups = table.groupby(["row", "column"])
+    counts = [groups[name].mean().map("{:.3g}".format) for name in ("true_exclusions", "attackers", "false_exclusions")]
+    texts = {name: groups[name].mean().map("{:.3f}".format) for name in METRICS}
+    texts["right"] = counts[0] + " of " + counts[1] + "; " + counts[2]
+    headings = METRICS | {"right": "Attackers and honest clients excluded; colour: share of clients judged rightly"}
+    seeds = ", ".join(map(str, sorted(table["seed"].unique())))
+    about = f"{' and '.join(table['data'].unique())}, mean over seeds {seeds}"
+    for name, heading in headings.items():
+        figure, ax = new_figure(height=2 + 0.35 * rows, width=3.5 + 0.85 * columns)
+        plot_grid(ax, table, name, texts[name], f"{heading}\n{about}")
+        yield f"grid-{name.replace('right', 'exclusions')}", figure
 
 
 def samples_figure(run: Run) -> Figure:

@@ -817,7 +817,7 @@ def over_seeds(table):
 
 def markdown(texts, heading: str) -> str:
     """A frame of texts as a Markdown table under a heading."""
-    table = texts.reset_index()
+    table = texts.reset_index().replace({"column": {"": None}}).dropna(axis=1, how="all")
     lines = [list(table.columns), ["---"] * table.shape[1], *table.astype(str).values.tolist()]
     return "\n".join([heading, "", *(f"| {' | '.join(cells)} |" for cells in lines), ""])
 
@@ -826,46 +826,48 @@ def markdown(texts, heading: str) -> str:
 
 
 def simulate_all(
-    runs: dict[Path, Config],
-    dataset: data.Dataset,
-    jobs: int,
-    backend: str = "loky",
-    scheduler: str | None = None,
+    runs: dict[Path, Config], dataset: data.Dataset, jobs: int, cluster: bool = False
 ) -> list[Result | ValueError | FloatingPointError]:
-    """The runs, given with their folders: one with all threads, several as processes that share the cores, or the
-    workers of a cluster. A run whose folder has a checkpoint goes on from it. Of several, one that fails gives its
-    error, and the others go on."""
+    """The runs, given with their folders: one with all threads, several as processes that share the cores, or all of
+    them on the `cluster` that joblib was given (see `workers`). A run whose folder has a checkpoint goes on from it.
+    Of several, one that fails gives its error, and the others go on."""
     if not runs:
         return []
-    if len(runs) == 1 and backend == "loky":
+    if len(runs) == 1 and not cluster:
         [(folder, config)] = runs.items()
         return [simulate(config, folder, dataset=dataset, resume=(folder / CHECKPOINT).is_file(), bar=True)]
     from joblib import Parallel, delayed
 
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")  # if the processes are killed
     jobs = min(jobs, len(runs))
-    threads = 1 if backend == "dask" else max(1, os.cpu_count() // jobs)
+    threads = 1 if cluster else max(1, os.cpu_count() // jobs)
     each = [(replace(config, threads=config.threads or threads), folder.absolute()) for folder, config in runs.items()]
-    with workers(backend, scheduler), rounds_bar(runs):
-        return Parallel(n_jobs=jobs)(delayed(attempt)(*run, dataset) for run in each)
+    with rounds_bar(runs):
+        return Parallel(n_jobs=jobs)(delayed(attempt)(*run, dataset, sys.argv) for run in each)
 
 
-def attempt(config: Config, folder: Path, dataset: data.Dataset) -> Result | ValueError | FloatingPointError:
-    """A run among several: it, or why it failed."""
+def attempt(
+    config: Config, folder: Path, dataset: data.Dataset, command: list[str]
+) -> Result | ValueError | FloatingPointError:
+    """A run among several: it, or why it failed. KeyboardInterrupt if it was stopped, which is for all of them."""
+    sys.argv = command  # for config.json: a cluster's worker was started by another
     try:
-        return simulate(config, folder, dataset=dataset, resume=(folder / CHECKPOINT).is_file())
+        result = simulate(config, folder, dataset=dataset, resume=(folder / CHECKPOINT).is_file())
     except (ValueError, FloatingPointError) as error:
         return type(error)(f"{folder}: {error}")
+    if not result.summary["complete"]:
+        raise KeyboardInterrupt
+    return result
 
 
 @contextmanager
-def workers(backend: str, scheduler: str | None):
-    """Within it joblib's Parallel runs on processes of this machine (loky), or on a Dask cluster at an address.
+def workers(scheduler: str | None):
+    """Within it joblib's Parallel runs on the Dask cluster at an address; None: on processes of this machine.
 
-    A cluster's workers see the same folders, find these modules, and have one thread each, as a run has PyTorch's
-    threads and random state for itself. ValueError if not, or for a cluster that can't be had.
+    The cluster's workers see the same folders, find these modules, and have one thread each, as PyTorch's threads and
+    random state are a process's. ValueError for workers that have more, OSError for a cluster that does not answer.
     """
-    if backend == "loky":
+    if scheduler is None:
         yield
         return
     from joblib import parallel_config
@@ -873,7 +875,7 @@ def workers(backend: str, scheduler: str | None):
     try:
         from distributed import Client
     except ImportError:
-        raise ValueError("backend dask needs a package that is not here: pip install distributed") from None
+        raise ValueError("--backend dask needs a package that is not here: pip install distributed") from None
     with Client(scheduler, timeout=CONNECT_SECONDS) as client, parallel_config(backend="dask"):
         if crowded := [worker for worker, threads in client.nthreads().items() if threads != 1]:
             raise ValueError(f"workers {', '.join(crowded)} have several threads; start them with --nthreads 1")
@@ -932,7 +934,9 @@ def make_parser() -> argparse.ArgumentParser:
     several.add_argument(
         "--backend", choices=("loky", "dask"), help="processes here, or a Dask cluster [default: loky]"
     )
-    several.add_argument("--scheduler", metavar="ADDRESS", help="of the Dask cluster, such as tcp://host:8786")
+    several.add_argument(
+        "--scheduler", type=str, metavar="ADDRESS", help="of the Dask cluster, such as tcp://host:8786"
+    )
     several.add_argument("--out", type=Path, metavar="DIR", help="[default: results]")
     several.add_argument("--overwrite", action="store_true", help="replace run folders that exist")
     several.add_argument("--resume", type=Path, nargs="+", metavar="DIR", help="go on with runs that were cut short")
@@ -964,7 +968,7 @@ def add_options(group, of: type) -> None:
 
 def plan(given: dict) -> dict[Path, Config]:
     """The new runs that the command line asks for by the options `given`, each in its folder."""
-    check_counts(given)
+    check_execution(given)
     out = given.get("out", Path("results"))
     if "experiment" in given:
         groups = {folder: [*cells.values()] for folder, cells in plan_experiments(given).items()}
@@ -993,11 +997,15 @@ def seeds_of(given: dict) -> range:
     return range(first, first + given.get("seeds", 1))
 
 
-def check_counts(given: dict) -> None:
-    """ValueError for a number of seeds or of processes that can't be meant."""
+def check_execution(given: dict) -> None:
+    """ValueError for a number of seeds or of processes that can't be meant, or half of a cluster."""
     for name in ("seeds", "jobs"):
         if not 1 <= given.get(name, 1) <= MOST_RUNS:
             raise ValueError(f"{name} {given[name]} must be at least 1 and at most {MOST_RUNS}")
+    if "scheduler" in given and given.get("backend") != "dask":
+        raise ValueError("--scheduler goes with --backend dask")
+    if given.get("backend") == "dask" and "scheduler" not in given:
+        raise ValueError("--backend dask needs --scheduler ADDRESS")
 
 
 def configure(given: dict, base: Config) -> Config:
@@ -1013,7 +1021,7 @@ def plan_resumed(given: dict) -> dict[Path, Config]:
 
     Another option may stand beside it if it says the same; ValueError if not, and for options that belong to new runs.
     """
-    check_counts(given)
+    check_execution(given)
     for name in ("seeds", "experiment", "overwrite", "out"):
         if name in given:
             raise ValueError(f"--resume goes on with runs that are there; leave out --{name}")
@@ -1095,12 +1103,12 @@ def main(argv: list[str] | None = None) -> int:
     grid, runs, begun = "experiment" in given, {}, False
     try:
         planned = plan_resumed(given) if "resume" in given else plan(given)
-        runs, dataset = make_ready(planned, given)
-        if runs:
-            introduce(runs, dataset)
-        begun = True
-        several = {name: given[name] for name in ("backend", "scheduler") if name in given}
-        results = simulate_all(runs, dataset, given.get("jobs", os.cpu_count()), **several)
+        with workers(given.get("scheduler")):
+            runs, dataset = make_ready(planned, given)
+            if runs:
+                introduce(runs, dataset)
+            begun = True
+            results = simulate_all(runs, dataset, given.get("jobs", os.cpu_count()), "scheduler" in given)
     except BrokenExecutor:
         parser.error(f"a run's process was killed{way_on(runs, grid)}")
     except (ValueError, FloatingPointError) as error:

@@ -398,7 +398,7 @@ def held_by_attackers(members: Sequence[Run], column: str) -> DataFrame:
     return pd.concat(each, axis=1, join="inner", ignore_index=True)
 
 
-def plot_grid(ax: Axes, table: DataFrame, values: str, texts: Series, heading: str) -> None:
+def plot_grid(ax: Axes, table: DataFrame, values: str, texts: Series) -> None:
     """A heat map of an experiment's `table`, as `read_grid` gives it: the column `values` (0 to 1), in the mean over
     seeds, by row and column of the experiment; in each cell its text, of `texts` by (row, column)."""
     rows, columns = (list(dict.fromkeys(table[axis])) for axis in ("row", "column"))
@@ -412,7 +412,6 @@ def plot_grid(ax: Axes, table: DataFrame, values: str, texts: Series, heading: s
         ax.text(s=text, fontsize="small", color="black" if bright else "white", **place)
     ax.set_xticks(range(len(columns)), columns, rotation=30, ha="right", rotation_mode="anchor")
     ax.set_yticks(range(len(rows)), rows)
-    ax.set_title(heading, fontsize="medium", loc="left")
 
 
 def running_mean(values: Series, window: int) -> Series:
@@ -586,22 +585,29 @@ def grid_figures(path: Path) -> Iterator[tuple[str, Figure]]:
     try:
         table = read_grid(path)
     except (ValueError, OSError) as error:
-        print(f"{path}: not drawn, {error}", file=sys.stderr)
+        print(f"{path}: not drawn, {' '.join(str(error).split())}", file=sys.stderr)
         return
     rows, columns = table["row"].nunique(), table["column"].nunique()
     if rows < 2 or columns < 2:
         return
-    groups = table.groupby(["row", "column"])
-    counts = [groups[name].mean().map("{:.3g}".format) for name in ("true_exclusions", "attackers", "false_exclusions")]
-    texts = {name: groups[name].mean().map("{:.3f}".format) for name in METRICS}
-    texts["right"] = counts[0] + " of " + counts[1] + "; " + counts[2]
-    headings = METRICS | {"right": "Attackers and honest clients excluded; colour: share of clients judged rightly"}
     seeds = ", ".join(map(str, sorted(table["seed"].unique())))
-    about = f"{' and '.join(table['data'].unique())}, mean over seeds {seeds}"
-    for name, heading in headings.items():
-        figure, ax = new_figure(height=2 + 0.35 * rows, width=3.5 + 0.85 * columns)
-        plot_grid(ax, table, name, texts[name], f"{heading}\n{about}")
-        yield f"grid-{name.replace('right', 'exclusions')}", figure
+    about = f"{' and '.join(table['data'].unique())}, mean ± standard deviation over seeds {seeds}"
+    for name, heading in (METRICS | {"right": "Share of the clients judged rightly"}).items():
+        figure, ax = new_figure(height=2 + 0.42 * rows, width=max(8, 3.5 + 0.85 * columns))
+        plot_grid(ax, table, name, cell_texts(table, name))
+        figure.suptitle(f"{heading}\n{about}", fontsize="medium", x=0.02, ha="left")
+        yield f"grid-{'exclusions' if name == 'right' else name}", figure
+
+
+def cell_texts(table: DataFrame, name: str) -> Series:
+    """By (row, column): mean and deviation of a metric; or, of `right`, who was excluded of whom, in the mean."""
+    groups = table.groupby(["row", "column"])
+    if name == "right":
+        counts = ("true_exclusions", "attackers", "false_exclusions")
+        out, of, honest = (groups[count].mean().map("{:.3g}".format) for count in counts)
+        return out + " of " + of + " out,\n" + honest + " honest out"
+    mean, deviation = groups[name].mean(), groups[name].std()
+    return mean.map("{:.3f}".format) + deviation.map("\n± {:.3f}".format).where(deviation.notna(), "")
 
 
 def samples_figure(run: Run) -> Figure:

@@ -19,8 +19,8 @@ from conftest import refusal
 import data
 import madsim
 import model
-from madsim import Config, jump, main, run_name, simulate, summarise
-from trust import PRESETS
+from madsim import Config, jump, main, over_seeds, run_name, simulate, summarise
+from trust import PRESETS, RULES
 
 HERE = Path(__file__).resolve().parents[1]
 
@@ -245,7 +245,7 @@ def test_detection_of_nothing_is_not_a_number_but_null():
     clients = story().assign(active=1)
     summary = summarise(pd.DataFrame({"round": [1]}), clients, mad_start=1)
     assert summary["precision"] is None and summary["recall"] == 0 and summary["rounds_to_detection"] is None
-    assert summarise(pd.DataFrame({"round": [1]}), clients.assign(malicious=0), 1)["recall"] is None
+    assert summarise(pd.DataFrame({"round": [1]}), clients.assign(malicious=0), mad_start=1)["recall"] is None
 
 
 # ---------------------------------------------------------------- several runs
@@ -270,45 +270,223 @@ def test_several_mad_starts_and_seeds_make_several_runs(quick, tmp_path, capsys)
     assert "6 runs, 18 rounds in all" in capsys.readouterr().out
 
 
+# ---------------------------------------------------------------- membership inference
+
+
+def test_membership_is_measured_of_the_model_that_clients_received(small, tmp_path):
+    """In round 4 that is the model of round 3."""
+    config = Config(rounds=5, membership=2, mad_start=1)
+    result = simulate(config, tmp_path / "run", dataset=small)
+    table = pd.read_csv(tmp_path / "run" / "membership.csv")
+    assert table.columns.tolist() == madsim.MEMBERSHIP_COLUMNS == result.membership.columns.tolist()
+    assert table["round"].tolist() == [2, 4] and np.allclose(table, result.membership)
+    earlier = simulate(replace(config, rounds=3, membership=None), dataset=small)
+    assert earlier.membership is None and earlier.summary["membership"] is None
+    measured = madsim.gather(config, small).membership(earlier.weights, 4)
+    assert table.iloc[1, 1:].to_dict() == pytest.approx(measured, rel=1e-5)
+
+
+def test_measuring_membership_changes_nothing_else(small):
+    one, other = (simulate(Config(rounds=3, membership=m), dataset=small) for m in (1, None))
+    assert one.rounds.equals(other.rounds) and one.clients.equals(other.clients)
+
+
+def test_what_an_excluded_attacker_holds_by_hand():
+    """Client 1 was trained last in round 2, so it holds what was measured then; client 0 goes on."""
+    trained = [(1, 0, 0.5), (1, 1, 0.5), (2, 0, 0.4), (2, 1, 0.4), (3, 0, 0.3), (3, 1, np.nan)]
+    clients = pd.DataFrame(trained, columns=["round", "client", "train_loss"])
+    membership = pd.DataFrame({"round": [2, 3], "test_advantage": [0.1, 0.2]})
+    assert madsim.held(membership, clients, 1) == {"round": 2, "test_advantage": 0.1}
+    assert madsim.held(membership, clients, 0) == {"round": 3, "test_advantage": 0.2}
+    assert madsim.held(membership.tail(1), clients, 1) is None  # measured too late
+
+
+# ---------------------------------------------------------------- experiments
+
+
+def cells(name: str, **given) -> dict[tuple[str, str], Config]:
+    return madsim.EXPERIMENTS[name].cells(given)
+
+
 def test_experiments_are_the_papers():
-    fig3a = madsim.experiment("fig3a", Config(), None)
+    fig3a = [*cells("fig3a").values()]
     assert [(c.rounds, c.mad_start, c.malicious) for c in fig3a] == [
         *((100, start, 0.2) for start in (5, 20, 40, 60, 80, None)), (100, None, 0.0),
     ]  # fmt: skip
-    assert [(c.rounds, c.mad_start) for c in madsim.experiment("fig3c", Config(), None)] == [(1000, 10), (1000, 500)]
-    assert [c.mad_start for c in madsim.experiment("fig3a", Config(), 20)[:6]] == [1, 4, 8, 12, 16, None]
+    assert [(c.rounds, c.mad_start) for c in cells("fig3c").values()] == [(1000, 10), (1000, 500)]
+    assert [c.mad_start for c in cells("fig3a", rounds=20).values()][:6] == [1, 4, 8, 12, 16, None]
 
 
-def test_seeds_are_summed_up_by_hand(small, capsys):
+@pytest.mark.parametrize("name", madsim.EXPERIMENTS)
+def test_every_cell_is_a_run_of_its_own(name):
+    grid = cells(name)
+    rows, columns = madsim.EXPERIMENTS[name].rows, madsim.EXPERIMENTS[name].columns
+    assert len({run_name(config) for config in grid.values()}) == len(grid) == len(rows) * len(columns)
+
+
+def test_cells_are_what_their_names_say():
+    readings, defences, attacks = cells("readings"), cells("defences"), cells("attacks", rounds=30)
+    assert readings["preset testbed", "20%, MAD from 5"].settings == PRESETS["testbed"]
+    assert readings["preset paper", "40%, MAD from 40"] == Config(rounds=60, mad_start=40, malicious=0.4)
+    assert readings["silhouette alone", "0%, MAD from 5"].settings == replace(PRESETS["paper"], outlying=0.0)
+    assert {name for name, _ in defences} == {"mean, never", "mean, MAD from 5"} | RULES.keys() - {"mean"}
+    assert defences["krum", "alie"] == Config(rounds=40, rule="krum", attack="alie")
+    assert defences["mean, MAD from 5", "no attack"] == Config(rounds=40, mad_start=5, malicious=0.0)
+    known = data.ATTACKS.keys() | model.ATTACKS.keys() | model.OMNISCIENT.keys()
+    assert {c.attack for c in attacks.values()} == known - {"nan"} == {c.attack for c in defences.values()}
+    late, on_off = (
+        attacks["label_flip from round 30", "never"],
+        attacks["label_flip, 5 rounds on, 5 off", "MAD from 10"],
+    )
+    assert late.attack_start == 15  # half the rounds, so half the round
+    assert (on_off.attack_period, on_off.mad_start) == (2, 5)
+    noniid = cells("noniid")
+    assert noniid["dirichlet, alpha 0.5", "label_flip, never"] == Config(rounds=60, partition="dirichlet")
+    assert cells("membership")["never", ""] == Config(rounds=600, membership=10)
+
+
+def test_the_options_given_hold_in_every_cell():
+    for config in cells("readings", threshold=0.3, clients=20).values():
+        assert (config.settings.threshold, config.clients) == (0.3, 20)
+
+
+def table(*losses: float, **columns) -> pd.DataFrame:
+    """What `tidy` makes of runs of one cell with these losses."""
+    rows = [{"row": "a", "column": "b", "complete": True, "loss": loss, "precision": None} for loss in losses]
+    return pd.DataFrame(rows).assign(**columns)
+
+
+def test_seeds_are_summed_up_by_hand(capsys):
     """Losses 0.5 and 0.7: mean 0.6, sample deviation 0.1 * sqrt 2. What was cut short is left out."""
-    run = simulate(Config(rounds=1), dataset=small)
-    last = dict.fromkeys(run.summary["last_50"], 0.5)
-
-    def with_loss(seed, loss, complete=True):
-        summary = run.summary | {"last_50": last | {"loss": loss}, "complete": complete}
-        return replace(run, config=replace(run.config, seed=seed), summary=summary)
-
-    madsim.report_seeds([with_loss(0, 0.5), with_loss(1, 0.7), with_loss(2, 9.0, complete=False)])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[1:4] == [
-        "Last 50 rounds, or as many as there are: mean ± standard deviation over seeds",
-        "nomad-rounds1, 2 seeds",
+    runs = table(0.5, 0.7, 9.0, complete=[True, True, False], true_exclusions=[2, 1, 0])
+    (texts,) = over_seeds(runs).to_dict("records")
+    assert texts == {"seeds": 2, "loss": "0.600 ± 0.141", "precision": "", "attackers out": "1.5 ± 0.7"}
+    assert over_seeds(table(0.5)).loss.tolist() == ["0.500"]  # of one seed no deviation
+    madsim.report_seeds(runs)
+    assert capsys.readouterr().out.splitlines() == [
+        "",
+        "Last 10 rounds: mean ± standard deviation over seeds",
+        "a, 2 seeds",
+        "             attackers out         1.5 ± 0.7",
         "             loss                  0.600 ± 0.141",
     ]
-    assert "             attackers out         0.000 ± 0.000" in lines and "detection" not in "".join(lines)
-    madsim.report_seeds([with_loss(0, 0.5)])
-    assert capsys.readouterr().out == ""
+
+
+def test_a_table_in_markdown_by_hand():
+    assert madsim.markdown(over_seeds(table(0.5)).drop(columns="precision"), "# T").splitlines() == [
+        "# T", "", "| row | column | seeds | loss |", "| --- | --- | --- | --- |", "| a | b | 1 | 0.500 |",
+    ]  # fmt: skip
+    single = over_seeds(table(0.5, column="")).drop(columns="precision")
+    assert madsim.markdown(single, "").splitlines()[2:] == [
+        "| row | seeds | loss |", "| --- | --- | --- |", "| a | 1 | 0.500 |",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def grid(monkeypatch):
+    """The words for an experiment of three runs of 4 rounds, "grid"."""
+    columns = {"none": {"malicious": 0.0}, "two": {"malicious": 0.25}}
+    experiment = madsim.Experiment("two by one", 4, madsim.mad_from(2), columns)
+    monkeypatch.setitem(madsim.EXPERIMENTS, "grid", experiment)
+    return ["--experiment", "grid", "--clients", "4", "--dataset", "phantom", "--jobs", "1", "--seeds", "2"]
+
+
+def test_an_experiment_writes_its_tables(quick, grid, tmp_path, capsys):
+    assert main([*grid, "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "4 runs, 16 rounds in all" in out and f"python plot.py {tmp_path / 'grid'}" in out
+    runs = pd.read_csv(tmp_path / "grid" / "table.csv")
+    assert runs[["row", "column", "seed"]].values.tolist() == [
+        ["MAD from 2", column, seed] for column in ("none", "two") for seed in (0, 1)
+    ]
+    for _, run in runs.iterrows():
+        config = Config(rounds=4, mad_start=2, clients=4, malicious=run.malicious, dataset="phantom", seed=run.seed)
+        folder = tmp_path / "grid" / run_name(config)
+        rounds, summary = pd.read_csv(folder / "rounds.csv"), json.loads((folder / "summary.json").read_text())
+        assert run.honest_accuracy == pytest.approx(rounds.honest_accuracy.mean(), rel=1e-5)
+        assert run.attackers == (run.column == "two") and run.complete and run["last"] == 4
+        assert run.true_exclusions == summary["true_exclusions"] and run.data == "phantom"
+    text = (tmp_path / "grid" / "table.md").read_text()
+    assert text.startswith("# grid: two by one\n") and "seeds 0, 1; commit " in text
+    assert text.count("| MAD from 2 |") == 2
+
+
+CLUSTER = """
+import sys
+from distributed import LocalCluster
+with LocalCluster(n_workers=2, threads_per_worker=int(sys.argv[1]), dashboard_address=None) as cluster:
+    print(cluster.scheduler_address, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def cluster(request):
+    """The address of a Dask scheduler with two worker processes, of so many threads each, that know our modules."""
+    pytest.importorskip("distributed")
+    words = [sys.executable, "-c", CLUSTER, str(request.param)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(words, env=os.environ | {"PYTHONPATH": str(HERE)}, **pipes)
+    yield process.stdout.readline().strip()
+    process.communicate("")
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("cluster", [1], indirect=True)
+def test_a_cluster_gives_the_same_bytes_as_this_machine(cluster, tmp_path):
+    words = "--experiment fig3c --rounds 3 --seeds 2 --clients 4 --malicious 0.25 --dataset phantom"
+    words = words.split()
+    for place, how in (("loky", ["--jobs", "2"]), ("dask", ["--backend", "dask", "--scheduler", cluster])):
+        process = command(*words, *how, "--out", tmp_path / place)
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        assert "4 runs, 12 rounds in all" in out
+    tables = [path.relative_to(tmp_path / "loky") for path in (tmp_path / "loky").rglob("*.csv")]
+    assert len(tables) == 4 * 2 + 1
+    for table in tables:
+        assert (tmp_path / "loky" / table).read_bytes() == (tmp_path / "dask" / table).read_bytes()
+    about = json.loads(next((tmp_path / "dask").rglob("config.json")).read_text())
+    assert about["command"][:-1] == ["madsim.py", *words, *how, "--out"]  # not the worker's own
+
+
+@pytest.mark.parametrize("cluster", [2], indirect=True)
+def test_workers_with_several_threads_are_refused(cluster, tmp_path, capsys):
+    """PyTorch's threads and random state are a process's, not a thread's."""
+    words = ["--rounds", "2", "--dataset", "phantom", "--backend", "dask", "--scheduler", cluster, "--out", tmp_path]
+    assert "have several threads; start them with --nthreads 1" in refusal(capsys, *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_cluster_that_can_not_be_had_is_one_line(tmp_path, capsys, monkeypatch):
+    words = ["--rounds", "2", "--dataset", "phantom", "--out", tmp_path]
+    assert "--scheduler goes with --backend dask" in refusal(capsys, *words, "--scheduler", "tcp://localhost:1")
+    assert "--backend dask needs --scheduler ADDRESS" in refusal(capsys, *words, "--backend", "dask")
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    words += ["--backend", "dask", "--scheduler", "tcp://localhost:1"]
+    assert "pip install distributed" in refusal(capsys, *words)
+
+
+def test_a_scheduler_that_does_not_answer_is_one_line(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("distributed")
+    monkeypatch.setattr(madsim, "CONNECT_SECONDS", 0.5)
+    words = ["--rounds", "2", "--dataset", "phantom", "--out", tmp_path, "--backend", "dask"]
+    assert "tcp://127.0.0.1:1" in refusal(capsys, *words, "--scheduler", "tcp://127.0.0.1:1")
+
+
+def test_an_experiment_sets_its_own_options(capsys, tmp_path):
+    text = refusal(capsys, "--experiment", "attacks", "--flip", "0.5", "--mad-start", "3", "--out", tmp_path / "out")
+    assert text == "madsim: experiment attacks sets flip, mad_start itself; leave that out\n"
 
 
 def test_what_an_experiment_asks_for_twice_is_run_once():
-    """Without malicious clients, never starting MAD is the run without attack."""
-    plan = madsim.plan({"experiment": "fig3a", "malicious": 0.0})
-    assert len({folder for _, folder in plan}) == len(plan) == 6
+    """In 20 rounds MAD from 2 and from 10 of 1000 are both MAD from 1."""
+    assert len(madsim.plan({"experiment": "fig3c", "rounds": 20})) == 2
+    assert len(madsim.plan({"experiment": "fig3c", "rounds": 1})) == 1
 
 
 def test_each_experiment_has_a_folder_of_its_own(tmp_path):
     args = madsim.make_parser().parse_args(["--experiment", "paper", "--out", str(tmp_path)])
-    folders = [folder for _, folder in madsim.plan(vars(args))]
+    folders = [*madsim.plan(vars(args))]
     assert [f.parent.name for f in folders] == ["fig3a"] * 7 + ["fig3c"] * 2
     assert len(set(folders)) == 9
 
@@ -347,7 +525,7 @@ def test_each_experiment_has_a_folder_of_its_own(tmp_path):
         ("--dataset mnist", "invalid choice: 'mnist' (choose from"),
         ("--preset x", "invalid choice: 'x' (choose from"),
         ("--experiment fig9", "invalid choice: 'fig9' (choose from"),
-        ("--experiment fig3a --mad-start 3", "sets its own MAD starts; leave out --mad-start"),
+        ("--experiment fig3a --mad-start 3", "experiment fig3a sets mad_start itself; leave that out"),
         ("--no-such-option", "unrecognized arguments: --no-such-option"),
         ("--dataset phantom --clients 3000", "3000 clients can't share 4708 images"),
         ("--rounds 10 --mad-start 3 3", None),

@@ -279,6 +279,95 @@ def test_several_runs_are_resumed_at_once_in_any_number_of_processes(quick, tmp_
     assert all(about["resumed"][0]["machine"]["threads"] == os.cpu_count() for about in threads)
 
 
+def test_an_interruption_ends_all_of_several_runs_in_one_process(quick, tmp_path, capsys, monkeypatch):
+    stop_in(monkeypatch, 2, interrupt)
+    words = "--rounds 3 --clients 4 --malicious 0.25 --dataset phantom --jobs 1 --mad-start 2 never"
+    assert main([*words.split(), "--out", str(tmp_path)]) == 130
+    (cut,) = tmp_path.iterdir()  # the second was not begun
+    err = capsys.readouterr().err
+    assert f"not begun: {tmp_path / 'nomad-rounds3-clients4-malicious0.25-phantom-s0'}; go on with" in err
+    assert f"--resume {cut}\n" in err
+
+
+@pytest.fixture
+def grid(quick, monkeypatch):
+    """The words for an experiment of four runs of 4 rounds, in this process."""
+    columns = {"no attack": {"malicious": 0.0}, "attack": {"malicious": 0.25}}
+    experiment = madsim.Experiment("two by one", 4, madsim.mad_from(2), columns)
+    monkeypatch.setitem(madsim.EXPERIMENTS, "grid", experiment)
+    return ["--experiment", "grid", "--clients", "4", "--dataset", "phantom", "--jobs", "1", "--seeds", "2"]
+
+
+def test_an_experiment_goes_on_where_it_stopped(grid, tmp_path, capsys, monkeypatch):
+    """Stopped in its first run's third round, then killed as a folder was made: what is done is not done again."""
+    assert main([*grid, "--out", str(tmp_path / "whole")]) == 0
+    assert main([*grid[:-1], "1", "--out", str(tmp_path / "cut")]) == 0  # with one seed, then with two
+    first = {path: path.stat().st_mtime_ns for path in (tmp_path / "cut").rglob("rounds.csv")}
+    assert len(first) == 2
+    with monkeypatch.context() as patch:
+        stop_in(patch, 3, interrupt)
+        assert main([*grid, "--out", str(tmp_path / "cut")]) == 130
+    assert "madsim: stopped; the same command goes on\n" in capsys.readouterr().err
+    (last,) = {path.name for path in (tmp_path / "whole" / "grid").iterdir()} - {
+        path.name for path in (tmp_path / "cut" / "grid").iterdir()
+    }
+    (tmp_path / "cut" / "grid" / last).mkdir()
+    (tmp_path / "cut" / "grid" / last / "config.json.part").write_text("{")
+    assert main([*grid, "--out", str(tmp_path / "cut")]) == 0
+    assert "2 runs, 8 rounds in all" in capsys.readouterr().out
+    assert main([*grid, "--out", str(tmp_path / "cut")]) == 0  # there is nothing left to do
+    assert "rounds in all" not in capsys.readouterr().out
+    for path in (tmp_path / "whole").rglob("*.csv"):
+        assert path.read_bytes() == (tmp_path / "cut" / path.relative_to(tmp_path / "whole")).read_bytes()
+    assert {path: path.stat().st_mtime_ns for path in first} == first
+
+
+def test_an_experiment_does_not_take_other_runs_for_its_own(grid, tmp_path, capsys):
+    assert main([*grid, "--out", str(tmp_path)]) == 0
+    folder = next(path for path in (tmp_path / "grid").iterdir() if path.is_dir())
+    about = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(about | {"lr": 0.5}))
+    assert "was begun with lr 0.5, not 0.001" in refusal(capsys, *grid, "--out", tmp_path)
+    (folder / "config.json").write_text(json.dumps(about | {"data": about["data"] | {"md5": "other"}}))
+    assert "was begun with data's MD5 other, not" in refusal(capsys, *grid, "--out", tmp_path)
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / "mine.txt").touch()
+    assert "exists; use --overwrite" in refusal(capsys, *grid, "--out", tmp_path)
+    assert (folder / "mine.txt").exists()
+
+
+def test_a_run_that_fails_leaves_the_others_of_an_experiment(grid, tmp_path, capsys, monkeypatch):
+    """The one run whose clients all diverge in round 3 is named, and left out of the means."""
+    step = madsim.mad_step
+
+    def diverge(W, state, t, *rest):
+        if t == 3 and not failed:
+            failed.append(t)
+            raise FloatingPointError("round 3: every client's weights are NaN")
+        return step(W, state, t, *rest)
+
+    failed = []
+    monkeypatch.setattr(madsim, "mad_step", diverge)
+    assert main([*grid, "--out", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "s0: round 3: every client's weights are NaN" in err
+    text = (tmp_path / "grid" / "table.md").read_text()
+    assert "Ended early: MAD from 2 no attack, seed 0, after round 2." in text
+    assert "| MAD from 2 | no attack | 1 |" in text and "| MAD from 2 | attack | 2 |" in text
+
+
+def test_a_run_that_was_measured_for_membership_is_resumed(tiny, tmp_path, monkeypatch):
+    config = Config(rounds=6, membership=2, dataset="phantom")
+    simulate(config, tmp_path / "whole", dataset=tiny)
+    with monkeypatch.context() as patch:
+        stop_in(patch, 5, interrupt)
+        simulate(config, tmp_path / "cut", dataset=tiny)
+    assert resume(tmp_path / "cut", tiny).membership["round"].tolist() == [2, 4, 6]
+    for name in (*CSV, "membership.csv"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
 def test_a_killed_process_of_several_is_one_line(stopped, quick, capsys, monkeypatch):
     """As when the memory runs out; joblib then says so by this error."""
     folder, _ = stopped

@@ -117,6 +117,16 @@ def test_an_outlying_group_sets_the_scale():
     assert spread == pytest.approx(1)
 
 
+def test_the_floor_may_hold_also_where_there_is_an_outlying_group():
+    # as above, centre 1 and distances 1 0 1 9, spread 1: 9 is within 20 spreads
+    always = replace(PAPER, scale_floor=20.0, floored="always")
+    assert normalised_distance(column(0, 1, 2, 10), 0.0, always)[1].tolist() == pytest.approx(
+        [19 / 20, 1, 19 / 20, 11 / 20]
+    )
+    ungrouped = replace(PAPER, scale_floor=20.0)
+    assert normalised_distance(column(0, 1, 2, 10), 0.0, ungrouped)[1].tolist() == pytest.approx([8 / 9, 1, 8 / 9, 0])
+
+
 def test_a_group_within_the_usual_spread_is_no_group():
     # 9 is not beyond 1.25 * 8, so the centre is everybody's, 3.25: distances 3.25, 2.25, 1.25, 6.75
     distance, d, spread = normalised_distance(column(0, 1, 2, 10), 8.0, PAPER)

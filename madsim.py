@@ -782,7 +782,9 @@ PAPER = ("fig3a", "fig3c")  # --experiment paper
 
 def tidy(cells: dict[Path, tuple[str, str]]):
     """A pandas frame of finished runs, given with the row and column that their folders belong to: one row a run, with
-    its settings and what came of it. Of the metrics, means over the last LAST rounds."""
+    its settings and what came of it. Of the metrics, means over the last LAST rounds, and the `fluctuation`: the
+    standard deviation of the honest clients' accuracy's change from round to round over them. Of the first exclusion,
+    the `jump` of participants' loss and accuracy, and what of it is the `model`'s."""
     from pandas import DataFrame, read_csv
 
     rows = []
@@ -795,6 +797,9 @@ def tidy(cells: dict[Path, tuple[str, str]]):
         found |= {"attackers": len(summary["malicious"])}
         found |= {name: summary[name] for name in ("complete", *DETECTION)}
         found |= {name: rounded(value) for name, value in rounds.tail(LAST).mean().items()}
+        found["fluctuation"] = rounded(rounds["honest_accuracy"].tail(LAST + 1).diff().std())
+        for change, name in product(summary["jumps"][:1], ("loss", "accuracy")):
+            found |= {f"jump_{name}": change[name]["total"], f"jump_{name}_model": change[name]["model"]}
         for name, value in DataFrame(filter(None, (summary["membership"] or {}).values())).mean().items():
             found[f"held_{name}"] = rounded(value)  # by the attackers, in the mean
         found |= {"last": len(rounds), "data": about["data"]["name"]} | about["git"]

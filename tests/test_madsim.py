@@ -404,6 +404,10 @@ def test_an_experiment_writes_its_tables(quick, grid, tmp_path, capsys):
         folder = tmp_path / "grid" / run_name(config)
         rounds, summary = pd.read_csv(folder / "rounds.csv"), json.loads((folder / "summary.json").read_text())
         assert run.honest_accuracy == pytest.approx(rounds.honest_accuracy.mean(), rel=1e-5)
+        assert run.fluctuation == pytest.approx(rounds.honest_accuracy.diff().std(), rel=1e-5)
+        if summary["jumps"]:
+            assert run.jump_loss_model == summary["jumps"][0]["loss"]["model"]
+            assert run.jump_accuracy == summary["jumps"][0]["accuracy"]["total"]
         assert run.attackers == (run.column == "two") and run.complete and run["last"] == 4
         assert run.true_exclusions == summary["true_exclusions"] and run.data == "phantom"
     text = (tmp_path / "grid" / "table.md").read_text()

@@ -427,7 +427,6 @@ with LocalCluster(n_workers=2, threads_per_worker=int(sys.argv[1]), dashboard_ad
 @pytest.fixture
 def cluster(request):
     """The address of a Dask scheduler with two worker processes, of so many threads each, that know our modules."""
-    pytest.importorskip("distributed")
     words = [sys.executable, "-c", CLUSTER, str(request.param)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     process = subprocess.Popen(words, env=os.environ | {"PYTHONPATH": str(HERE)}, **pipes)
@@ -436,6 +435,7 @@ def cluster(request):
     assert process.returncode == 0
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize("cluster", [1], indirect=True)
 def test_a_cluster_gives_the_same_bytes_as_this_machine(cluster, tmp_path):
     words = "--experiment fig3c --rounds 3 --seeds 2 --clients 4 --malicious 0.25 --dataset phantom"
@@ -453,6 +453,7 @@ def test_a_cluster_gives_the_same_bytes_as_this_machine(cluster, tmp_path):
     assert about["command"][:-1] == ["madsim.py", *words, *how, "--out"]  # not the worker's own
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize("cluster", [2], indirect=True)
 def test_workers_with_several_threads_are_refused(cluster, tmp_path, capsys):
     """PyTorch's threads and random state are a process's, not a thread's."""
@@ -470,8 +471,8 @@ def test_a_cluster_that_can_not_be_had_is_one_line(tmp_path, capsys, monkeypatch
     assert "pip install distributed" in refusal(capsys, *words)
 
 
+@pytest.mark.cluster
 def test_a_scheduler_that_does_not_answer_is_one_line(tmp_path, capsys, monkeypatch):
-    pytest.importorskip("distributed")
     monkeypatch.setattr(madsim, "CONNECT_SECONDS", 0.5)
     words = ["--rounds", "2", "--dataset", "phantom", "--out", tmp_path, "--backend", "dask"]
     assert "tcp://127.0.0.1:1" in refusal(capsys, *words, "--scheduler", "tcp://127.0.0.1:1")

@@ -45,7 +45,8 @@ def shortened(command: str) -> list[str]:
             if not words[i].isdigit():
                 break
             words[i] = str(max(1, int(words[i]) * ROUNDS // rounds))
-    return [*words, "--rounds", str(ROUNDS), "--overwrite"]  # two that differed in their rounds now share a name
+    several = ["--jobs", "1"] * ("--experiment" in words)  # processes of their own would each load torch
+    return [*words, *several, "--rounds", str(ROUNDS), "--overwrite"]  # two that differed in their rounds now share a name
 
 
 def test_the_readmes_commands_run(small, tmp_path, monkeypatch, capsys):

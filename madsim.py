@@ -34,9 +34,10 @@ os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 import numpy as np
 
 import data
-from trust import PRESETS, RULES, Settings, State, aggregate, check_limits, initial_state, mad_step, setting
+from trust import PRESETS, RULES, Settings, State, aggregate, check_limits, initial_state, mad_step, plane, setting
 
 DIGITS = 6  # significant digits of every number written: more than float32 holds after an average
+SHOWN_CLIENTS = 100  # ours: of so many at most the submissions' places in the plane are recorded
 CONNECT_SECONDS = 10  # ours: to wait for a cluster's scheduler
 MOST_RUNS = 10_000  # ours: of seeds, and of jobs
 CHECKPOINT_SECONDS = 1.0  # ours: so much, and a round, is what a kill loses; a checkpoint takes some 2 ms
@@ -161,7 +162,7 @@ def simulate(
             W = clients.attack(W, w, asked, t)  # [C, P]   what malicious clients submit instead
             scores = mad_step(W, scores, t, config.mad_start, config.settings)  # eqs. (1)-(7) and exclusion
             w = aggregate(W, clients.sizes, scores.active, config.rule, clients.malicious.sum(), w)  # [P]
-            log(t, train_loss, clients.evaluate(w, t), w, scores)
+            log(t, W, train_loss, clients.evaluate(w, t), w, scores)
     return log.result()
 
 
@@ -188,6 +189,7 @@ CLIENT_COLUMNS = ["round", "client", "malicious", "active", "distance", "d", "re
 CLIENT_COLUMNS += ["train_loss", "loss", "accuracy"]
 MEMBERSHIP_COLUMNS = ["round", "test_advantage", "test_error", "test_chance"]
 MEMBERSHIP_COLUMNS += ["validation_advantage", "validation_error", "validation_chance"]
+PLANE_COLUMNS = ["round", "client", "x", "y"]
 INTEGERS = {"round", "client", "malicious", "active"}
 CHECKPOINT = "checkpoint.npz"
 
@@ -200,12 +202,14 @@ class Log:
         self.out = None if out is None else Path(out)
         self.rounds = Table("rounds.csv", ROUND_COLUMNS, self.out, config.rounds)
         self.clients = Table("clients.csv", CLIENT_COLUMNS, self.out, config.rounds, rows=config.clients)
-        self.tables, self.membership = [self.rounds, self.clients], None
+        self.membership = self.plane = None
         if config.membership:
             self.membership = Table(
                 "membership.csv", MEMBERSHIP_COLUMNS, self.out, config.rounds, every=config.membership
             )
-            self.tables.append(self.membership)
+        if config.clients <= SHOWN_CLIENTS:
+            self.plane = Table("plane.csv", PLANE_COLUMNS, self.out, config.rounds, rows=config.clients)
+        self.tables = [table for table in (self.rounds, self.clients, self.membership, self.plane) if table]
         self.seconds, self.kept = [], []
         self.last, self.bar, self.summary = None, None, {"complete": False}
 
@@ -274,7 +278,7 @@ class Log:
     def _identity(self) -> dict:
         return identity(self.config) | {"data's MD5": self.dataset.md5}
 
-    def __call__(self, t: int, train_loss: np.ndarray, metrics: tuple, w, scores: State) -> None:
+    def __call__(self, t: int, W: np.ndarray, train_loss: np.ndarray, metrics: tuple, w, scores: State) -> None:
         """Record round t: one row of rounds.csv, one row a client of clients.csv, now and then a checkpoint."""
         loss, accuracy, test = metrics
         who, honest = scores.active, ~self.members.malicious
@@ -289,6 +293,8 @@ class Log:
         if self.membership and t % self.membership.every == 0:
             received = self.last[0]  # the model that the clients got in this round
             self.membership.append([[t, *map(rounded, self.members.membership(received, t).values())]])
+        if self.plane:
+            self.plane.append(self._points(t, W, scores))
         self.kept += [t] * scores.kept
         now = time.perf_counter()
         self.seconds.append(now - self.lap)
@@ -299,6 +305,13 @@ class Log:
             self.save()
         self.bar.set_postfix_str(f"accuracy {means[1]:.3f}, active {who.sum()}", refresh=False)
         self.bar.update()
+
+    def _points(self, t: int, W: np.ndarray, scores: State) -> list[list]:
+        """The rows of plane.csv: where the submissions W [C, P] lie, for plot.py to play."""
+        scored, points = np.isfinite(scores.distance), np.full((len(W), 2), np.nan)
+        before = self.plane.last_rows()[:, 2:] if t > 1 else points
+        points[scored] = plane(W[scored], self.last[1].spread, self.config.settings, before[scored])
+        return [[t, client, rounded(x), rounded(y)] for client, (x, y) in enumerate(points)]
 
     def last_marks(self) -> np.ndarray:
         """How far the tables are written, int [tables, 2]; see `Table`."""
@@ -330,8 +343,9 @@ class Log:
         return kind is KeyboardInterrupt and self.last is not None
 
     def frames(self):
-        """The rows so far as pandas frames: rounds, clients and, if it is measured, membership."""
-        return [table.frame(self.last[1].round) for table in self.tables]
+        """The rows so far as pandas frames: rounds, clients and, if it is measured, membership (else None)."""
+        tables = (self.rounds, self.clients, self.membership)
+        return [table and table.frame(self.last[1].round) for table in tables]
 
     def _summarise(self, complete: bool) -> None:
         """Make summary.json, once there is a round."""
@@ -351,8 +365,8 @@ class Log:
             write_json(self.out / "summary.json", self.summary)
 
     def result(self) -> Result:
-        rounds, clients, *membership = self.frames()
-        return Result(self.config, rounds, clients, self.summary, self.last[0], *membership)
+        rounds, clients, membership = self.frames()
+        return Result(self.config, rounds, clients, self.summary, self.last[0], membership)
 
 
 class Table:
@@ -417,6 +431,10 @@ class Table:
         if self.file:
             with suppress(OSError):  # of a full disk; it was raised when the row was written
                 self.file.close()
+
+    def last_rows(self) -> np.ndarray:
+        """The rows that came last, together."""
+        return self.values[self.filled - self.rows : self.filled]
 
     def frame(self, t: int):
         """The rows up to round t as a pandas frame."""
@@ -1086,7 +1104,7 @@ def refuse_folder(folder: Path, replaceable: bool) -> None:
 
 def hollow(folder: Path) -> bool:
     """Whether a run was killed as its folder was made, before anything was recorded: the checkpoint comes last."""
-    made = {"config.json", "samples.npz", "rounds.csv", "clients.csv", "membership.csv", CHECKPOINT}
+    made = {"config.json", "samples.npz", "rounds.csv", "clients.csv", "membership.csv", "plane.csv", CHECKPOINT}
     return folder.is_dir() and {path.name.removesuffix(".part") for path in folder.iterdir()} <= made - {CHECKPOINT}
 
 

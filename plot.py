@@ -17,6 +17,7 @@ import argparse
 import csv
 import io
 import json
+import math
 import reprlib
 import sys
 import warnings
@@ -49,6 +50,7 @@ METRICS = {  # of an experiment, and how its heat maps call them
     "test_sensitivity": "Sensitivity (share of pneumonia found) on the test set",
 }  # fmt: skip
 LABELS = ("normal", "pneumonia")  # the data set's labels 0 and 1
+PAGE_BYTES = 2_500_000  # of the numbers in a page that plays a run
 SAMPLE_BYTES = 100_000  # of a run's samples.npz, unpacked, at most; madsim's have 3678
 
 # What config.json may hold under the names that are read here.
@@ -637,6 +639,68 @@ def save(figure: Figure, path: Path) -> Path:
     return png
 
 
+# ---------------------------------------------------------------- a page that plays a run
+
+
+def play(run: Run) -> str:
+    """An HTML page that plays the run, whole in itself: docs/player.html with the run's numbers put in.
+
+    Of long runs with many clients a thinned set of rounds, see `frames`. Raises ValueError if the run has recorded
+    nothing to play.
+    """
+    import numpy as np
+
+    points = read_table(run.folder / "plane.csv", ["round", "client"], ["x", "y"])
+    clients = run.clients.merge(points, on=["round", "client"]).drop_duplicates(["round", "client"])
+    curves = run.rounds.drop_duplicates("round").set_index("round")
+    clients = clients[clients["round"].isin(curves.index)]
+    if clients.empty:
+        raise ValueError("there is nothing to play: no plane.csv with where the models lie (of 100 clients at most)")
+    members = sorted(clients["client"].unique())
+    malicious = clients.groupby("client")["malicious"].max().reindex(members)
+    excluded = clients[clients["active"] == 0].groupby("client")["round"].min().reindex(members)
+    shown = frames(sorted(clients["round"].unique()), len(members), excluded.dropna())
+
+    def table(column: str, scale: float) -> NDArray:  # [rounds, clients]
+        wide = clients.pivot(index="round", columns="client", values=column).reindex(index=shown, columns=members)
+        return np.round(wide.to_numpy(float) * scale)
+
+    reach = float(np.nanquantile(np.hypot(clients["x"], clients["y"]), 0.99)) or 1.0
+    points = np.stack([table("x", 1000 / reach), table("y", 1000 / reach)], axis=2).clip(-1e6, 1e6)
+    content = {
+        "title": title(strategy(run), [run]).replace("\n", ": "),
+        "rounds": shown, "malicious": malicious, "excluded": excluded, "start": run.config.get("mad_start"),
+        "threshold": (run.config.get("settings") or {}).get("threshold"), "reach": float(f"{reach:.2g}"),
+        "points": points, "trust": table("trust", 100), "reputation": table("reputation", 100),
+    }  # fmt: skip
+    content |= {name: curves[name].reindex(shown).round(4) for name in CURVES}
+    content = {name: plain(value) for name, value in content.items()}
+    page = (Path(__file__).parent / "docs" / "player.html").read_text()
+    run_json = json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
+    return page.replace(">{}</script>", f">{run_json}</script>", 1)
+
+
+def frames(rounds: list[int], clients: int, excluded: Series) -> list[int]:
+    """The rounds that a page shows: all of them or, where they would take more than PAGE_BYTES, an even selection with
+    the first, the last, and those in which clients were `excluded`."""
+    import numpy as np
+
+    room = max(2, PAGE_BYTES // (22 * clients + 40) - len(excluded))  # so many bytes take a client and a round
+    even = {rounds[i] for i in np.linspace(0, len(rounds) - 1, min(room, len(rounds))).round().astype(int)}
+    return sorted(map(int, even | set(excluded)))
+
+
+def plain(value):
+    """Numbers as JSON knows them: whole ones as integers, None for NaN and infinity."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return None if not math.isfinite(value) else int(value) if value.is_integer() else value
+    return value
+
+
 # ---------------------------------------------------------------- the command line
 
 
@@ -646,10 +710,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="plot.py", description="Draw the figures of all runs at or below a folder.")
     parser.add_argument("folder", type=Path, help="a results folder of madsim.py, or one run's")
     parser.add_argument("--out", type=Path, help="where figures are written (default: FOLDER/figures)")
+    parser.add_argument("--play", action="store_true", help="write a page that plays each run instead: play-RUN.html")
     args = parser.parse_args(argv)
     out, count = args.out or args.folder / "figures", 0
     try:
         with matplotlib.rc_context({"text.parse_math": False}):  # a $ in a folder's name is just that
+            if args.play:
+                return write_players(load_runs(args.folder), out)
             for name, figure in figures(load_runs(args.folder), args.folder):
                 print(save(figure, out / name))
                 count += 1
@@ -659,6 +726,23 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     print(f"{count} figure{'s' * (count != 1)}, each as PNG and SVG")
+    return 0 if count else 2
+
+
+def write_players(runs: list[Run], out: Path) -> int:
+    """A page for each run that can be played; the exit status."""
+    count = 0
+    for run in runs:
+        try:
+            page = play(run)
+        except ValueError as error:
+            print(f"{run.folder}: not played, {error}", file=sys.stderr)
+            continue
+        out.mkdir(parents=True, exist_ok=True)
+        path = out / f"play-{run.name}.html"
+        path.write_text(page, encoding="utf-8")
+        print(path)
+        count += 1
     return 0 if count else 2
 
 

@@ -203,28 +203,56 @@ def originals(W: Array) -> Mask:
     return np.isin(np.arange(len(W)), list(first.values()))
 
 
+def main_cluster(W: Array, squared: Array, spread: float, settings: Settings) -> tuple[Mask, Mask]:
+    """Which rows of W [n, P] are counted, and which of these are the main cluster: all but an outlying group.
+
+    For K = 2 a model submitted by several clients counts once: copies are the tightest of clusters, so clients that
+    copied an honest one would cost others their places. Ours.
+    """
+    counted = originals(W) if settings.clusters == 2 else np.ones(len(W), bool)
+    main = counted.copy()
+    main[counted] = ~outlying_group(squared[np.ix_(counted, counted)], spread, settings)
+    return counted, main
+
+
 def normalised_distance(W: Array, spread: float, settings: Settings) -> tuple[Array, Array, float]:
     """From the scored clients' weights W [n, P]: distance [n], d [n] in [0, 1], and the new spread.
 
     d = 1 - (distance - lo) / (hi - lo), with lo the least distance and hi the greatest; where no outlying
     group is found (or always: `settings.floored`), hi is at least `settings.scale_floor` spreads, so that nobody is
     called far for being merely the farthest. hi = lo gives d = 1. Ours: the paper says "normalized Euclidean distance".
-
-    For K = 2 a model submitted by several clients counts once: copies are the tightest of clusters, so clients that
-    copied an honest one would cost others their places. Ours too.
     """
     squared = squared_distances(W)
-    counted = originals(W) if settings.clusters == 2 else np.ones(len(W), bool)
-    group = outlying_group(squared[np.ix_(counted, counted)], spread, settings)
-    main = counted.copy()
-    main[counted] = ~group
+    counted, main = main_cluster(W, squared, spread, settings)
     distance = centre_distances(squared, main)
     spread = max(spread, float(np.median(distance[counted])))
     lo, hi = distance.min(), distance.max()
-    if not group.any() or settings.floored == "always":
+    if (main == counted).all() or settings.floored == "always":
         hi = max(hi, settings.scale_floor * spread)
     d = 1 - (distance - lo) / (hi - lo) if hi > lo else np.ones(len(W))
     return distance, d, spread
+
+
+def plane(W: Array, spread: float, settings: Settings, before: Array | None = None) -> Array:
+    """The rows of W [n, P] as points [n, 2] to look at: in the plane of their two principal components, where they lie
+    farthest apart, with the main cluster's centre at (0, 0). Lengths are in units of the weights.
+
+    `before` [n, 2] (NaN: unknown) are the points of the round before, towards which these are turned, so that what
+    stays in its place is seen to (Schoenemann 1966).
+    """
+    from scipy.linalg import orthogonal_procrustes
+
+    squared = squared_distances(W)
+    main = main_cluster(W, squared, spread, settings)[1]
+    centring = np.eye(len(W)) - 1 / len(W)
+    lengths, axes = np.linalg.eigh(-centring @ squared @ centring / 2)  # classical scaling (Torgerson 1952)
+    points = np.zeros((len(W), 2))
+    points[:, : len(W)] = (axes * np.sqrt(np.maximum(lengths, 0)))[:, :-3:-1]
+    points -= points[main].mean(0)
+    known = np.zeros(len(W), bool) if before is None else np.isfinite(before).all(1)
+    if known.any():
+        points = points @ orthogonal_procrustes(points[known], before[known])[0]
+    return points
 
 
 # ---------------------------------------------------------------- equations (1)-(7)

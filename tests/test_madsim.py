@@ -147,7 +147,7 @@ def test_a_runs_folder(small, tmp_path):
     folder = tmp_path / "a" / "run"
     run = simulate(Config(rounds=3, mad_start=2, clients=5), folder, dataset=small)
     assert {path.name for path in folder.iterdir()} == {
-        "config.json", "rounds.csv", "clients.csv", "summary.json", "samples.npz", "checkpoint.npz",
+        "config.json", "rounds.csv", "clients.csv", "plane.csv", "summary.json", "samples.npz", "checkpoint.npz",
     }  # fmt: skip
     texts = {name: (folder / f"{name}.csv").read_text() for name in ("rounds", "clients")}
     assert texts["rounds"].splitlines()[0] == ROUNDS_CSV
@@ -268,6 +268,21 @@ def test_several_mad_starts_and_seeds_make_several_runs(quick, tmp_path, capsys)
     threads = {json.loads((tmp_path / n / "config.json").read_text())["machine"]["threads"] for n in names}
     assert threads == {max(1, os.cpu_count() // 2)}  # the processes share the cores
     assert "6 runs, 18 rounds in all" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- where the models lie
+
+
+def test_where_the_models_lie_is_written_of_up_to_a_hundred_clients(small, tmp_path):
+    result = simulate(Config(rounds=4, mad_start=3), tmp_path / "run", dataset=small)
+    points = pd.read_csv(tmp_path / "run" / "plane.csv")
+    assert points.columns.tolist() == ["round", "client", "x", "y"] and len(points) == 40
+    absent = points[points.x.isna()]
+    assert absent.client.tolist() == result.summary["malicious"]  # in the round after they were excluded
+    # No point lies farther from the centre than its model, of which it is the projection.
+    assert (np.hypot(points.x, points.y) <= result.clients.distance * 1.001).dropna()[points.x.notna()].all()
+    simulate(Config(rounds=1, clients=101), tmp_path / "many", dataset=small)
+    assert not (tmp_path / "many" / "plane.csv").exists()
 
 
 # ---------------------------------------------------------------- membership inference

@@ -46,7 +46,8 @@ def shortened(command: str) -> list[str]:
                 break
             words[i] = str(max(1, int(words[i]) * ROUNDS // rounds))
     several = ["--jobs", "1"] * ("--experiment" in words)  # processes of their own would each load torch
-    return [*words, *several, "--rounds", str(ROUNDS), "--overwrite"]  # two that differed in their rounds now share a name
+    # replaced, as two commands that differ in their rounds alone share a name here
+    return [*words, *several, "--rounds", str(ROUNDS), "--overwrite"]
 
 
 def test_the_readmes_commands_run(small, tmp_path, monkeypatch, capsys):

@@ -12,11 +12,13 @@ import io
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import zlib
 from collections.abc import Collection, Iterable
@@ -39,6 +41,8 @@ from trust import PRESETS, RULES, Settings, State, aggregate, check_limits, init
 DIGITS = 6  # significant digits of every number written: more than float32 holds after an average
 SHOWN_CLIENTS = 100  # ours: of so many at most the submissions' places in the plane are recorded
 CONNECT_SECONDS = 10  # ours: to wait for a cluster's scheduler
+QUICK = ["--rounds", "60", "--mad-start", "30"]  # ours: some 10 seconds on two cores
+ROUND_SECONDS = 0.012  # measured, a client and epoch, on two cores: for the preview alone
 MOST_RUNS = 10_000  # ours: of seeds, and of jobs
 CHECKPOINT_SECONDS = 1.0  # ours: so much, and a round, is what a kill loses; a checkpoint takes some 2 ms
 
@@ -946,6 +950,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=about, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.error = lambda message: parser.exit(2, f"madsim: {' '.join(message.split())}\n")
     add_options(parser.add_argument_group("a run"), Config)
+    parser.add_argument("--list", action="store_true", help="the attacks, rules, presets and experiments, and exit")
+    parser.add_argument("--quick", action="store_true", help=f"a story for a lecture, in seconds: {' '.join(QUICK)}")
     several = parser.add_argument_group("several runs, and where they go")
     several.add_argument("--seeds", type=int, metavar="N", help="run N seeds, from --seed on")
     several.add_argument(
@@ -967,6 +973,26 @@ def make_parser() -> argparse.ArgumentParser:
     mad.add_argument("--preset", choices=PRESETS, help="where MAD's defaults come from [default: paper]")
     add_options(mad, Settings)
     return parser
+
+
+def known_names() -> dict[str, dict[str, str]]:
+    """What can be named on the command line: of each kind the names, each with what it is in a sentence."""
+    from model import ATTACKS, OMNISCIENT
+
+    def sentences(registry: dict) -> dict[str, str]:
+        texts = {name: " ".join(function.__doc__.split()) for name, function in registry.items()}
+        return {name: re.split(r"(?<!\bal)\. ", text)[0].rstrip(".") for name, text in texts.items()}
+
+    presets = {
+        name: ", ".join(f"{k} {v}" for k, v in _differences(settings, Settings()).items()) or "as the paper prints it"
+        for name, settings in PRESETS.items()
+    }
+    return {
+        "--attack": sentences(data.ATTACKS | ATTACKS | OMNISCIENT),
+        "--rule": sentences(RULES),
+        "--preset": presets,
+        "--experiment": {name: experiment.about for name, experiment in EXPERIMENTS.items()},
+    }
 
 
 def add_options(group, of: type) -> None:
@@ -1123,6 +1149,14 @@ def unfinished(folders: Iterable[Path]) -> list[Path]:
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     given = vars(parser.parse_args(argv))
+    if given.pop("list", False):
+        for option, names in known_names().items():
+            print(option)
+            for name, about in names.items():
+                print(textwrap.fill(about, 100, initial_indent=f"  {name:<17}", subsequent_indent=" " * 19))
+        return 0
+    if given.pop("quick", False):
+        given = vars(parser.parse_args(QUICK)) | given
     grid, runs, begun = "experiment" in given, {}, False
     try:
         planned = plan_resumed(given) if "resume" in given else plan(given)
@@ -1169,10 +1203,18 @@ def introduce(runs: dict[Path, Config], dataset: data.Dataset) -> None:
         print(f"PHANTOM IMAGES, not PneumoniaMNIST: {dataset.note}", file=sys.stderr)
     clients = " or ".join(str(n) for n in sorted({config.clients for config in runs.values()}))
     rounds = sum(config.rounds for config in runs.values())
+    seconds = sum(config.rounds * config.clients * config.epochs * ROUND_SECONDS for config in runs.values())
     print(
         f"{dataset.name}, {len(dataset.train_labels)} training images; {clients} clients; "
-        f"{len(runs)} run{'s' * (len(runs) > 1)}, {rounds} rounds in all"
+        f"{len(runs)} run{'s' * (len(runs) > 1)}, {rounds} rounds in all, about {minutes(seconds)} on two cores"
     )
+
+
+def minutes(seconds: float) -> str:
+    """A rough time in words: '20 seconds', '3 minutes'."""
+    if seconds < 60:
+        return f"{max(1, round(seconds / 10)) * 10} seconds"
+    return f"{round(seconds / 60)} minute{'s' * (round(seconds / 60) > 1)}"
 
 
 def report_all(results: dict[Path, Result]) -> None:

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -636,6 +637,56 @@ def test_ctrl_c_ends_several_runs_in_one_line(tmp_path):
     folders = [tmp_path / f"{mad}-rounds100000-phantom-s0" for mad in ("mad5", "nomad")]
     assert f"madsim: stopped; go on with: python madsim.py --resume {folders[0]} {folders[1]}\n" in err
     assert [len(pd.read_csv(table)) > 2 for table in tmp_path.rglob("rounds.csv")] == [True, True]
+
+
+def test_the_list_names_everything_with_a_line(capsys):
+    assert main(["--list"]) == 0
+    out = capsys.readouterr().out
+    known = [*data.ATTACKS, *model.ATTACKS, *model.OMNISCIENT, *RULES, *PRESETS, *madsim.EXPERIMENTS]
+    for name in known:
+        assert re.search(rf"^  {name} +\S.{{8}}", out, re.MULTILINE), name
+    assert max(map(len, out.splitlines())) <= 100
+    for words in ("Krum (Blanchard et al. 2017): the one row", "clusters 1, scale_floor 0.0", "Ours: an attacker that"):
+        assert words in out
+
+
+def test_a_quick_story_has_an_attack_and_an_exclusion(quick, tmp_path, capsys):
+    assert main(["--quick", "--dataset", "phantom", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "1 run, 60 rounds in all, about 10 seconds" in out
+    assert json.loads((tmp_path / "mad30-rounds60-phantom-s0" / "summary.json").read_text())["complete"]
+    assert (
+        main(
+            [
+                "--quick",
+                "--rounds",
+                "31",
+                "--clients",
+                "4",
+                "--malicious",
+                "0",
+                "--dataset",
+                "phantom",
+                "--out",
+                str(tmp_path),
+            ]
+        )
+        == 0
+    )  # what is given besides holds
+    assert "31 rounds in all" in capsys.readouterr().out
+
+
+def test_output_that_is_no_terminal_is_plain(tmp_path):
+    words = ["--rounds", "2", "--dataset", "phantom", "--threads", "1", "--out", tmp_path]
+    out, err = command(*words, env=os.environ | {"NO_COLOR": "1"}).communicate(timeout=60)
+    assert err == "" and "\x1b" not in out and "\r" not in out
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(2, "10 seconds"), (44, "40 seconds"), (60, "1 minute"), (200, "3 minutes")]
+)
+def test_times_are_said_roughly(seconds, words):
+    assert madsim.minutes(seconds) == words
 
 
 def test_help_is_quick_and_says_where_defaults_come_from():

@@ -715,6 +715,7 @@ class Experiment:
 
 
 def mad_from(*starts: int | None) -> dict[str, dict]:
+    """Rows or columns of an experiment by the round in which MAD starts (None: never)."""
     return {f"MAD from {start}" if start else "never": {"mad_start": start} for start in starts}
 
 
@@ -1294,11 +1295,14 @@ def heading(name: str, table) -> str:
     short = table[~table.complete]
     failed = [f"{run.row} {run.column}, seed {run.seed}, after round {run.last}" for run in short.itertuples()]
     ended = f" Ended early: {'; '.join(failed)}." * bool(failed)
+    own, rounds = EXPERIMENTS[name].rounds, int(table.rounds.max())
+    scaled = f" Rounds in the names are those of {own}, scaled to {rounds}." * (own != rounds)
+    seeds = ", ".join(map(str, sorted(table.seed.unique())))
     return (
         f"# {name}: {EXPERIMENTS[name].about}\n\n"
-        f"`python madsim.py --experiment {name}`; {', '.join(table.data.unique())}; {table.rounds.max()} rounds; "
-        f"seeds {', '.join(map(str, sorted(table.seed.unique())))}; commit {commits}{dirty}. Mean ± sample standard "
-        f"deviation over the seeds; of losses and accuracies, of their means over the last {LAST} rounds.{ended}"
+        f"`python madsim.py --experiment {name}`; {', '.join(table.data.unique())}; {rounds} rounds; seeds {seeds}; "
+        f"commit {commits}{dirty}. Mean ± sample standard deviation over the seeds; of losses and accuracies, of their "
+        f"means over the last {LAST} rounds.{scaled}{ended}"
     )
 
 

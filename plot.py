@@ -14,7 +14,9 @@ The plot functions take matplotlib Axes and leave the legend to the caller, so a
 from __future__ import annotations
 
 import argparse
+import base64
 import csv
+import html
 import io
 import json
 import math
@@ -177,7 +179,7 @@ def read_grid(path: Path) -> DataFrame:
     import pandas as pd
 
     table = pd.read_csv(path, dtype={"row": str, "column": str}).fillna({"row": "", "column": ""})
-    numbers = ["seed", "clients", "attackers", "true_exclusions", "false_exclusions", *METRICS]
+    numbers = ["seed", "rounds", "clients", "attackers", "true_exclusions", "false_exclusions", *METRICS]
     if lacking := [name for name in ["row", "column", "complete", "data", *numbers] if name not in table]:
         raise ValueError(f"it lacks {', '.join(lacking)}")
     table = table[table["complete"].eq(True)].copy()
@@ -577,6 +579,9 @@ def membership_figure(runs: Sequence[Run]) -> Figure:
     figure, axes = new_figure(rows=2, height=8)
     for ax, others in zip(axes, OTHERS):
         plot_membership(ax, runs, others)
+        heading = ax.get_title("left").replace(f", against {OTHERS[others]}", "")
+        ax.set_title(f"against {OTHERS[others]}", loc="left", fontsize="medium")
+    figure.suptitle(heading, fontsize="medium", x=0.02, ha="left")
     return figure
 
 
@@ -593,7 +598,8 @@ def grid_figures(path: Path) -> Iterator[tuple[str, Figure]]:
     if rows < 2 or columns < 2:
         return
     seeds = ", ".join(map(str, sorted(table["seed"].unique())))
-    about = f"{' and '.join(table['data'].unique())}, mean ± standard deviation over seeds {seeds}"
+    data, rounds = (" and ".join(map(str, table[name].unique())) for name in ("data", "rounds"))
+    about = f"{data}, last of {rounds} rounds, mean ± standard deviation over seeds {seeds}"
     for name, heading in (METRICS | {"right": "Share of the clients judged rightly"}).items():
         figure, ax = new_figure(height=2 + 0.42 * rows, width=max(8, 3.5 + 0.85 * columns))
         plot_grid(ax, table, name, cell_texts(table, name))
@@ -701,6 +707,83 @@ def plain(value):
     return value
 
 
+# ---------------------------------------------------------------- a page that reports runs
+
+REPORT = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>madsim: {name}</title>
+<style>
+  body {{ margin: 0 auto; padding: 1rem; max-width: 70rem; font: 1rem/1.4 system-ui, sans-serif; color: #111; }}
+  table {{ border-collapse: collapse; display: block; overflow-x: auto; }}
+  th, td {{ border-bottom: 1px solid #ccc; padding: 0.2rem 0.7rem; text-align: left; vertical-align: top; }}
+  img {{ max-width: 100%; }} pre {{ overflow-x: auto; }} h2 {{ margin: 1.5rem 0 0.3rem; }}
+</style></head><body>
+<h1>madsim: {name}</h1>
+<h2>Runs</h2>
+{table}
+<h2>Figures</h2>
+{figures}
+<h2>Settings</h2>
+{settings}
+</body></html>
+"""
+
+
+def report(runs: Sequence[Run], pictures: Sequence[Path], folder: Path) -> str:
+    """One HTML page, whole in itself, of the runs at or below `folder`: their table, the pictures (PNG files), and all
+    settings."""
+
+    def image(path: Path) -> str:
+        content = base64.b64encode(path.read_bytes()).decode()
+        return f'<img alt="{html.escape(path.stem)}" src="data:image/png;base64,{content}">'
+
+    def settings(run: Run) -> str:
+        name, every = str(run.folder.relative_to(folder)), json.dumps(run.config, indent=2)
+        return f"<details><summary>{html.escape(name)}</summary><pre>{html.escape(every)}</pre></details>"
+
+    return REPORT.format(
+        name=html.escape(folder.resolve().name),
+        table=runs_table(runs, folder),
+        figures="\n".join(map(image, pictures)),
+        settings="\n".join(map(settings, runs)),
+    )
+
+
+def runs_table(runs: Sequence[Run], folder: Path) -> str:
+    """The runs as an HTML table: what was done, who was excluded when, and what came of it in the last ten rounds."""
+    import pandas as pd
+
+    rows = []
+    for run in runs:
+        last = run.rounds[list(CURVES)].tail(10).mean()
+        rows.append(
+            {
+                "run": str(run.folder.relative_to(folder)), "data": run.data, "strategy": strategy(run),
+                "rounds": run.length, "seed": run.config.get("seed"), "attack": attack_of(run),
+                "excluded": exclusions(run),
+            } | {f"{name.replace('_', ' ')}, last 10 rounds": value for name, value in last.items()}
+        )  # fmt: skip
+    return pd.DataFrame(rows).to_html(index=False, border=0, float_format="{:.3f}".format, na_rep="")
+
+
+def attack_of(run: Run) -> str:
+    """'label_flip, 0.2 of the clients', or 'none'."""
+    return f"{run.config.get('attack')}, {run.config.get('malicious')} of the clients" if run.attacked else "none"
+
+
+def exclusions(run: Run) -> str:
+    """'client 2 (attacker) in round 5, ...', or 'nobody'."""
+    out = run.clients[run.clients["active"] == 0].drop_duplicates("client").sort_values(["round", "client"])
+    kinds = {0: "honest", 1: "attacker"}
+    return (
+        ", ".join(
+            f"client {c} ({kinds.get(bad)}) in round {t}"
+            for c, bad, t in zip(out["client"], out["malicious"], out["round"])
+        )
+        or "nobody"
+    )
+
+
 # ---------------------------------------------------------------- the command line
 
 
@@ -710,23 +793,29 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="plot.py", description="Draw the figures of all runs at or below a folder.")
     parser.add_argument("folder", type=Path, help="a results folder of madsim.py, or one run's")
     parser.add_argument("--out", type=Path, help="where figures are written (default: FOLDER/figures)")
+    parser.add_argument("--report", action="store_true", help="write a page with all of it besides: report.html")
     parser.add_argument("--play", action="store_true", help="write a page that plays each run instead: play-RUN.html")
     args = parser.parse_args(argv)
-    out, count = args.out or args.folder / "figures", 0
+    out, pictures = args.out or args.folder / "figures", []
     try:
         with matplotlib.rc_context({"text.parse_math": False}):  # a $ in a folder's name is just that
+            runs = load_runs(args.folder)
             if args.play:
-                return write_players(load_runs(args.folder), out)
-            for name, figure in figures(load_runs(args.folder), args.folder):
-                print(save(figure, out / name))
-                count += 1
+                return write_players(runs, out)
+            for name, figure in figures(runs, args.folder):
+                pictures.append(save(figure, out / name))
+                print(pictures[-1])
+            if args.report and runs:
+                out.mkdir(parents=True, exist_ok=True)
+                (out / "report.html").write_text(report(runs, pictures, args.folder), encoding="utf-8")
+                print(out / "report.html")
     except OSError as error:
         print(f"plot: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    print(f"{count} figure{'s' * (count != 1)}, each as PNG and SVG")
-    return 0 if count else 2
+    print(f"{len(pictures)} figure{'s' * (len(pictures) != 1)}, each as PNG and SVG")
+    return 0 if pictures else 2
 
 
 def write_players(runs: list[Run], out: Path) -> int:

@@ -413,7 +413,7 @@ def write_grid(path, **changes):
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [
         {"row": row, "column": column, "seed": seed, "complete": True, "data": "PneumoniaMNIST", "clients": 10,
-         "attackers": 2, "true_exclusions": 2 * (row == "MAD"), "false_exclusions": seed * (row == "MAD"),
+         "rounds": 40, "attackers": 2, "true_exclusions": 2 * (row == "MAD"), "false_exclusions": seed * (row == "MAD"),
          "honest_accuracy": 0.5 + 0.1 * seed, "test_accuracy": 0.8, "test_sensitivity": 0.9}
         for row in ("never", "MAD") for column in ("flip", "noise") for seed in (0, 1)
     ]  # fmt: skip
@@ -562,6 +562,25 @@ def test_the_page_plays_in_a_browser(tmp_path):
     assert seen[4] == "Excluded: client 2 (attacker) in round 3"
     assert seen[5:8] == ["Round 3 of 4", 3, 3]  # the slider; three models, three bars
     assert seen[8:] == ["Pause", "Round 4 of 4", "Play"]  # it plays to the end, and stops
+
+
+# ---------------------------------------------------------------- the page that reports runs
+
+
+def test_a_report_holds_table_figures_and_settings(tmp_path, capsys):
+    make_run(tmp_path / "r" / "a", attack="label_flip")
+    make_run(tmp_path / "r" / "b", data="<i>", malicious=0, mad_start=None, seed=7, client_rows=CLIENT_ROWS[:2])
+    assert plot.main([str(tmp_path / "r"), "--report"]) == 0
+    printed = capsys.readouterr().out
+    page = (tmp_path / "r" / "figures" / "report.html").read_text()
+    assert str(tmp_path / "r" / "figures" / "report.html") in printed
+    for words in ("client 2 (attacker) in round 3", "MAD from round 3", "label_flip, 0.2 of the clients", "nobody"):
+        assert f"<td>{words}</td>" in page, words
+    assert "<td>0.475</td>" in page  # the mean of LOSS
+    assert "<i>" not in page and "&lt;i&gt;" in page
+    assert page.count("<img ") == printed.count(".png") > 3
+    assert "&quot;mad_start&quot;: 3" in page and "&quot;seed&quot;: 7" in page
+    assert not re.search(r"(src|href)=\"(?!data:)", page) and "http" not in page
 
 
 def test_find_runs_at_any_depth(tmp_path):

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 import data
@@ -114,3 +115,17 @@ def test_links_and_the_tests_that_are_named_are_there(page):
     tests = "".join(path.read_text() for path in (HERE / "tests").glob("test_*.py"))
     for name in re.findall(r"`(test_\w+)`", text):
         assert f"def {name}(" in tests, name
+
+
+def test_the_numbers_of_the_replication_are_those_of_its_tables():
+    """Every "mean ± deviation" on the page is that of a column of docs/results/*/table.csv in one of its cells."""
+    known = set()
+    for path in (HERE / "docs" / "results").glob("*/table.csv"):
+        groups = pd.read_csv(path, dtype={"column": str}).fillna({"column": ""}).groupby(["row", "column"])
+        means, deviations = groups.mean(numeric_only=True), groups.std(numeric_only=True)
+        for name in means:
+            for mean, deviation in zip(means[name], deviations[name]):
+                known |= {f"{mean:.{digits}f} ± {deviation:.{digits}f}" for digits in (1, 2, 3)}
+    page = (HERE / "docs" / "replication.md").read_text()
+    quoted = re.findall(r"-?[\d.]+ ± [\d.]+", page)
+    assert len(quoted) > 20 and [text for text in quoted if text not in known] == []

@@ -599,8 +599,8 @@ def grid_figures(path: Path) -> Iterator[tuple[str, Figure]]:
         return
     seeds = ", ".join(map(str, sorted(table["seed"].unique())))
     data, rounds = (" and ".join(map(str, table[name].unique())) for name in ("data", "rounds"))
-    about = f"{data}, last of {rounds} rounds, mean ± standard deviation over seeds {seeds}"
-    for name, heading in (METRICS | {"right": "Share of the clients judged rightly"}).items():
+    about = f"{data}, last of {rounds} rounds, mean (± standard deviation) over seeds {seeds}"
+    for name, heading in (METRICS | {"right": "Share of the clients judged rightly, and who was excluded"}).items():
         figure, ax = new_figure(height=2 + 0.42 * rows, width=max(8, 3.5 + 0.85 * columns))
         plot_grid(ax, table, name, cell_texts(table, name))
         figure.suptitle(f"{heading}\n{about}", fontsize="medium", x=0.02, ha="left")

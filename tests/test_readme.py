@@ -1,5 +1,6 @@
 """Every command and every piece of Python in README.md, run as it stands there, with fewer rounds."""
 
+import json
 import os
 import re
 import runpy
@@ -8,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -18,8 +20,11 @@ README = (HERE / "README.md").read_text()
 ROUNDS = 4
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+LESSON = (HERE / "docs" / "lesson.md").read_text()
+
+
+def blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
 
 
 def commands() -> list[str]:
@@ -88,8 +93,10 @@ def test_ci_runs_the_readmes_set_up_and_test():
     assert "grep -m 1 -- '-m pytest' README.md" in (HERE / ".ci" / "run").read_text()
 
 
-@pytest.mark.parametrize("block", blocks("python"), ids=lambda block: block.strip().splitlines()[0][:40])
-def test_the_readmes_python_runs(block, phantom, monkeypatch):
+@pytest.mark.parametrize(
+    "block", [*blocks("python"), *blocks("python", LESSON)], ids=lambda block: block.split("\n")[0]
+)
+def test_the_readmes_and_the_lessons_python_runs(block, phantom, monkeypatch):
     import model
     import trust
 
@@ -99,7 +106,7 @@ def test_the_readmes_python_runs(block, phantom, monkeypatch):
             monkeypatch.setitem(registry, name, function)
     names = {id(registry): set(registry) for registry in (data.ATTACKS, model.ATTACKS, trust.RULES)}
     try:
-        exec(compile(block, "README.md", "exec"), {})
+        exec(compile(block, "a page", "exec"), {})
     finally:
         for registry in (data.ATTACKS, model.ATTACKS, trust.RULES):
             for name in set(registry) - names[id(registry)]:
@@ -129,3 +136,50 @@ def test_the_numbers_of_the_replication_are_those_of_its_tables():
     page = (HERE / "docs" / "replication.md").read_text()
     quoted = re.findall(r"-?[\d.]+ ± [\d.]+", page)
     assert len(quoted) > 20 and [text for text in quoted if text not in known] == []
+
+
+def test_the_worked_example_of_the_lesson():
+    """The numbers in the tables of docs/lesson.md are those of trust.py for models 0, 1, 2 and 10, submitted twice."""
+    import trust
+
+    lesson = (HERE / "docs" / "lesson.md").read_text()
+    W, state = np.array([[0.0], [1.0], [2.0], [10.0]]), trust.initial_state(4)
+    for t in (1, 2):
+        state = trust.mad_step(W, state, t, None, trust.Settings())
+        for name in ("reputation", "trust"):
+            cells = " | ".join(f"{value:.3f}" for value in getattr(state, name))
+            assert f"| {name}, round {t} | {cells} |" in lesson
+    assert state.distance.tolist() == pytest.approx([1, 0, 1, 9])
+    assert state.d.tolist() == pytest.approx([8 / 9, 1, 8 / 9, 0])
+    assert trust.mad_step(W, state, 3, 3, trust.Settings()).active.tolist() == [True, True, True, False]
+
+
+def test_the_lessons_commands_are_understood():
+    import madsim
+
+    lines = [line for block in blocks("sh", LESSON) for line in block.splitlines()]
+    assert len(lines) > 8
+    for line in lines:
+        program, *words = shlex.split(line)[1:]
+        if program == "madsim.py":
+            given = vars(madsim.make_parser().parse_args(words))
+            given.pop("quick", None)
+            assert madsim.plan(given), line
+        else:
+            assert program == "plot.py" and words[0] == "results/", line
+
+
+def test_the_notebook_runs(small, monkeypatch, capsys):
+    """Its cells one after another, with fewer rounds, on a part of the phantom."""
+    import matplotlib.pyplot
+
+    monkeypatch.setattr(data, "load", lambda *_: small)
+    monkeypatch.setattr(matplotlib.pyplot, "show", matplotlib.pyplot.close)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    notebook = json.loads((HERE / "docs" / "lesson.ipynb").read_text())
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert "ROUNDS, START = 40, 20" in cells[0] and sum(map(len, cells)) < 3000  # short enough to read
+    names = {}
+    for cell in cells:
+        exec(compile(cell.replace("= 40, 20", "= 6, 3"), "a cell", "exec"), names)
+    assert "still there: [0 1 2]" in capsys.readouterr().out

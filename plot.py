@@ -661,7 +661,7 @@ def play(run: Run) -> str:
     curves = run.rounds.drop_duplicates("round").set_index("round")
     clients = clients[clients["round"].isin(curves.index)]
     if clients.empty:
-        raise ValueError("there is nothing to play: no plane.csv with where the models lie (of 100 clients at most)")
+        raise ValueError("there is nothing to play: no plane.csv with where the models lie (of 50 clients at most)")
     members = sorted(clients["client"].unique())
     malicious = clients.groupby("client")["malicious"].max().reindex(members)
     excluded = clients[clients["active"] == 0].groupby("client")["round"].min().reindex(members)

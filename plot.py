@@ -599,8 +599,9 @@ def grid_figures(path: Path) -> Iterator[tuple[str, Figure]]:
         return
     seeds = ", ".join(map(str, sorted(table["seed"].unique())))
     data, rounds = (" and ".join(map(str, table[name].unique())) for name in ("data", "rounds"))
-    about = f"{data}, last of {rounds} rounds, mean (± standard deviation) over seeds {seeds}"
+    metric, share = f"last 10 of {rounds} rounds, mean ± standard deviation", f"after {rounds} rounds, mean"
     for name, heading in (METRICS | {"right": "Share of the clients judged rightly, and who was excluded"}).items():
+        about = f"{data}, {share if name == 'right' else metric} over seeds {seeds}"
         figure, ax = new_figure(height=2 + 0.42 * rows, width=max(8, 3.5 + 0.85 * columns))
         plot_grid(ax, table, name, cell_texts(table, name))
         figure.suptitle(f"{heading}\n{about}", fontsize="medium", x=0.02, ha="left")
@@ -613,7 +614,8 @@ def cell_texts(table: DataFrame, name: str) -> Series:
     if name == "right":
         counts = ("true_exclusions", "attackers", "false_exclusions")
         out, of, honest = (groups[count].mean().map("{:.3g}".format) for count in counts)
-        return out + " of " + of + " out,\n" + honest + " honest out"
+        attackers = (out + " of " + of + " out,\n").where(of != "0", "no attacker,\n")
+        return attackers + honest + " honest out"
     mean, deviation = groups[name].mean(), groups[name].std()
     return mean.map("{:.3f}".format) + deviation.map("\n± {:.3f}".format).where(deviation.notna(), "")
 

@@ -669,23 +669,35 @@ def play(run: Run) -> str:
     excluded = clients[clients["active"] == 0].groupby("client")["round"].min().reindex(members)
     shown = frames(sorted(clients["round"].unique()), len(members), excluded.dropna())
 
-    def table(column: str, scale: float) -> NDArray:  # [rounds, clients]
+    def table(column: str, scale: float | NDArray) -> NDArray:  # [rounds, clients]
         wide = clients.pivot(index="round", columns="client", values=column).reindex(index=shown, columns=members)
         return np.round(wide.to_numpy(float) * scale)
 
-    reach = float(np.nanquantile(np.hypot(clients["x"], clients["y"]), 0.99)) or 1.0
-    points = np.stack([table("x", 1000 / reach), table("y", 1000 / reach)], axis=2).clip(-1e6, 1e6)
+    reach = reaches(np.hypot(clients["x"], clients["y"]).groupby(clients["round"]).max()).reindex(shown)
+    thousandths = 1000 / reach.to_numpy()[:, None]
     content = {
         "title": title(strategy(run), [run]).replace("\n", ": "),
         "rounds": shown, "malicious": malicious, "excluded": excluded, "start": run.config.get("mad_start"),
-        "threshold": (run.config.get("settings") or {}).get("threshold"), "reach": float(f"{reach:.2g}"),
-        "points": points, "trust": table("trust", 100), "reputation": table("reputation", 100),
+        "threshold": (run.config.get("settings") or {}).get("threshold"),
+        "reach": [float(f"{value:g}") for value in reach],
+        "points": np.stack([table("x", thousandths), table("y", thousandths)], axis=2),
+        "trust": table("trust", 100), "reputation": table("reputation", 100),
     }  # fmt: skip
     content |= {name: curves[name].reindex(shown).round(4) for name in CURVES}
     content = {name: plain(value) for name, value in content.items()}
     page = (Path(__file__).parent / "docs" / "player.html").read_text()
     run_json = json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
     return page.replace(">{}</script>", f">{run_json}</script>", 1)
+
+
+def reaches(far: Series) -> Series:
+    """How far the drawing of each round reaches, 1, 2 or 5 times a power of ten: to the `far`thest model of the five
+    rounds before and after, so that it seldom changes."""
+    import numpy as np
+
+    far = far.replace(0, np.nan).rolling(11, center=True, min_periods=1).max().fillna(1)
+    power, steps = 10 ** np.floor(np.log10(far)), np.array([1, 2, 5, 10])
+    return power * steps[np.searchsorted(steps, far / power)]
 
 
 def frames(rounds: list[int], clients: int, excluded: Series) -> list[int]:

@@ -1,6 +1,7 @@
 """plot.py on small results folders made here: what is drawn, how it is named, and what happens when files lack."""
 
 import csv
+import html
 import json
 import os
 import re
@@ -487,10 +488,17 @@ def test_what_a_page_plays_by_hand(tmp_path):
     assert shown["trust"] == [[95, 85, 55], [95, 85, 35], [95, 85, 12], [95, 85, None]]
     assert shown["reputation"][3] == [90, 80, None]
     assert shown["loss"] == LOSS and shown["honest_accuracy"] == HONEST_ACCURACY
-    x, y = np.array(shown["points"][1][2]) * shown["reach"] / 1000
+    x, y = np.array(shown["points"][1][2]) * shown["reach"][1] / 1000
     assert (x, y) == (pytest.approx(2, rel=0.05), pytest.approx(0.2, rel=0.05))
     assert shown["points"][3][2] == [None, None]
     assert shown["title"] == "MAD from round 3: PneumoniaMNIST, 4 rounds, seed 0"
+
+
+def test_how_far_the_drawing_reaches_by_hand():
+    far = pandas.Series([1.6] * 20 + [0.03] * 20 + [0.0] * 20)
+    assert plot.reaches(far).round(9).tolist() == [2] * 25 + [0.05] * 20 + [1] * 15  # five rounds of both sides
+    assert plot.reaches(pandas.Series([1e-30])).tolist() == [pytest.approx(1e-30)]
+    assert plot.reaches(pandas.Series([5.0])).tolist() == [5]
 
 
 def test_a_long_run_is_thinned_but_for_its_exclusions():
@@ -549,19 +557,39 @@ console.error = console.warn = (...words) => errors.push(words.join(" "));
 </script>"""
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+
+
+def browse(page: Path):
+    """What the page leaves in its title, as JSON, some seconds after it was opened."""
+    words = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=10000", "--dump-dom"]
+    done = subprocess.run([*words, page.as_uri()], capture_output=True, text=True, timeout=60)
+    return json.loads(re.search("<title>(.*?)</title>", done.stdout)[1])
+
+
+@needs_browser
 def test_the_page_plays_in_a_browser(tmp_path):
     page = plot.play(plot.load_run(playable(tmp_path / "a")))
     driven = page.replace("<head>", ERRORS, 1).replace("</body>", PERSON, 1)
     (tmp_path / "driven.html").write_text(driven)
-    words = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=10000", "--dump-dom"]
-    done = subprocess.run([*words, (tmp_path / "driven.html").as_uri()], capture_output=True, text=True, timeout=60)
-    seen, errors = json.loads(re.search("<title>(.*?)</title>", done.stdout)[1])
+    seen, errors = browse(tmp_path / "driven.html")
     assert errors == []
     assert seen[:4] == [f"Round {t} of 4" for t in (1, 2, 1, 4)]
     assert seen[4] == "Excluded: client 2 (attacker) in round 3"
     assert seen[5:8] == ["Round 3 of 4", 3, 3]  # the slider; three models, three bars
     assert seen[8:] == ["Pause", "Round 4 of 4", "Play"]  # it plays to the end, and stops
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [360, 1280])
+def test_the_page_is_not_wider_than_a_phone(tmp_path, width):
+    page = plot.play(plot.load_run(playable(tmp_path / "a")))
+    measure = "document.title = JSON.stringify(document.querySelector('iframe').contentDocument.body.scrollWidth)"
+    frame = (
+        f'<title></title><iframe style="width:{width}px;height:800px;border:0" srcdoc="{html.escape(page)}"></iframe>'
+    )
+    (tmp_path / "frame.html").write_text(f"{frame}<script>onload = () => {{ {measure} }}</script>")
+    assert browse(tmp_path / "frame.html") <= width
 
 
 # ---------------------------------------------------------------- the page that reports runs

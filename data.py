@@ -239,7 +239,7 @@ def partition_quantity(n: int, clients: int, alpha: float, rng: np.random.Genera
 
 
 def flip_labels(labels: Labels, fraction: float, rng: np.random.Generator) -> Labels:
-    """Labels with a random `fraction` (0 to 1) of them flipped, normal to pneumonia and back."""
+    """A random `fraction` (0 to 1) of labels flipped, both ways."""
     if not 0 <= fraction <= 1:
         raise ValueError(f"share of flipped labels {fraction} must be at least 0 and at most 1")
     flipped = labels.copy()
@@ -249,7 +249,7 @@ def flip_labels(labels: Labels, fraction: float, rng: np.random.Generator) -> La
 
 
 def flip_one_way(labels: Labels, fraction: float, rng: np.random.Generator) -> Labels:
-    """Labels with a random `fraction` (0 to 1) of the pneumonia called normal: the dangerous mistake."""
+    """A random `fraction` (0 to 1) of the ill called normal."""
     flipped, ill = labels.copy(), np.flatnonzero(labels == 1)
     flipped[rng.choice(ill, round(fraction * len(ill)), replace=False)] = 0
     return flipped

@@ -18,7 +18,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 import zlib
 from collections.abc import Collection, Iterable
@@ -41,7 +40,7 @@ from trust import PRESETS, RULES, Settings, State, aggregate, check_limits, init
 DIGITS = 6  # significant digits of every number written: more than float32 holds after an average
 SHOWN_CLIENTS = 50  # ours: of so many at most where the models lie is recorded; at 100 it would take 6 % of a round
 CONNECT_SECONDS = 10  # ours: to wait for a cluster's scheduler
-QUICK = ["--rounds", "60", "--mad-start", "30"]  # ours: some 10 seconds on two cores
+QUICK = 60  # ours: rounds of --quick, with MAD from the middle; some 10 seconds on two cores
 ROUND_SECONDS = 0.012  # measured, a client and epoch, on two cores: for the preview alone
 MOST_RUNS = 10_000  # ours: of seeds, and of jobs
 CHECKPOINT_SECONDS = 1.0  # ours: so much, and a round, is what a kill loses; a checkpoint takes some 2 ms
@@ -62,7 +61,7 @@ class Config:
     )
     clients: int = setting(10, "participating clients", "paper", low=1, high=100_000)
     malicious: float = setting(0.2, "fraction of the clients that are malicious, below half", "paper")
-    attack: str = setting("label_flip", "what malicious clients do", "paper")
+    attack: str = setting("label_flip", "what malicious clients do, see --list", "paper")
     flip: float = setting(1.0, "share of its labels that a malicious client flips", "paper", low=0, high=1)
     attack_start: int = setting(1, "round from which malicious clients attack", "paper", low=1)
     attack_period: int | None = setting(
@@ -794,7 +793,7 @@ EXPERIMENTS = {
         },
     ),
     "membership": Experiment(
-        "what the model that each client last received tells of its training images",
+        "what each client's last model tells of who was trained on",
         600,
         mad_from(10, 500, None),
         {"": {"membership": 10}},
@@ -943,16 +942,24 @@ def rounds_bar(runs: dict[Path, Config]):
 
 def start_round(text: str) -> int | None:
     """A value of --mad-start: a round, or `never`."""
-    return None if text == "never" else int(text)
+    try:
+        return None if text == "never" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a round nor 'never'") from None
 
 
 def make_parser() -> argparse.ArgumentParser:
-    about = "Simulate federated learning under label flipping, with Model Anomaly Detection (MAD)."
-    parser = argparse.ArgumentParser(description=about, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(
+        usage="python madsim.py [--quick] [--rounds N] [--mad-start ROUND ...] [options]",
+        description="Simulate federated learning under label flipping, with Model Anomaly Detection (MAD).",
+        epilog="Then: python plot.py results/ draws what came of it, --play makes a page that plays it.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
     parser.error = lambda message: parser.exit(2, f"madsim: {' '.join(message.split())}\n")
     add_options(parser.add_argument_group("a run"), Config)
     parser.add_argument("--list", action="store_true", help="the attacks, rules, presets and experiments, and exit")
-    parser.add_argument("--quick", action="store_true", help=f"a story for a lecture, in seconds: {' '.join(QUICK)}")
+    parser.add_argument("--quick", action="store_true", help=f"a lecture's run: {QUICK} rounds, MAD from the middle")
     several = parser.add_argument_group("several runs, and where they go")
     several.add_argument("--seeds", type=int, metavar="N", help="run N seeds, from --seed on")
     several.add_argument(
@@ -984,15 +991,17 @@ def known_names() -> dict[str, dict[str, str]]:
         texts = {name: " ".join(function.__doc__.split()) for name, function in registry.items()}
         return {name: re.split(r"(?<!\bal)\. ", text)[0].rstrip(".") for name, text in texts.items()}
 
+    settings = {name: len(_differences(preset, Settings())) for name, preset in PRESETS.items()}
     presets = {
-        name: ", ".join(f"{k} {v}" for k, v in _differences(settings, Settings()).items()) or "as the paper prints it"
-        for name, settings in PRESETS.items()
+        name: f"{count} settings differ, see trust.py" if count else "MAD as the paper prints it"
+        for name, count in settings.items()
     }
     return {
         "--attack": sentences(data.ATTACKS | ATTACKS | OMNISCIENT),
         "--rule": sentences(RULES),
         "--preset": presets,
-        "--experiment": {name: experiment.about for name, experiment in EXPERIMENTS.items()},
+        "--experiment": {name: experiment.about for name, experiment in EXPERIMENTS.items()}
+        | {"paper": " and ".join(PAPER)},
     }
 
 
@@ -1003,15 +1012,16 @@ def add_options(group, of: type) -> None:
             continue
         about = f.metadata
         name = {"alpha": "alpha_reputation", "concentration": "alpha"}.get(f.name, f.name)  # alpha is Dirichlet's
-        kind = {"mad_start": start_round}.get(f.name) or next(k for k in (get_args(f.type) or [f.type]) if k)
+        kind = next(k for k in (get_args(f.type) or [f.type]) if k)
+        value = {"mad_start": "ROUND", "data_root": "DIR"}.get(f.name) or {int: "N", float: "X", str: "NAME"}[kind]
         default = "" if f.default is None else f"default: {f.default}, "
         group.add_argument(
             "--" + name.replace("_", "-"),
             dest=f.name,
-            type=kind,
+            type=start_round if f.name == "mad_start" else kind,
             nargs="+" if f.name == "mad_start" else None,
             choices=about.get("choices"),
-            metavar=None if "choices" in about else name.split("_")[-1].upper(),
+            metavar=None if "choices" in about else value,
             help=f"{about['help']} [{default}{about['source']}]",
         )
 
@@ -1121,7 +1131,7 @@ def refuse_folder(folder: Path, replaceable: bool) -> None:
     """ValueError if a folder that exists may not be replaced, is no run's, or is being written."""
     if not replaceable:
         way_out = "; --resume goes on with it" if unfinished([folder]) else ""
-        raise ValueError(f"{folder} exists; use --overwrite to replace it, or another --out{way_out}")
+        raise ValueError(f"{folder} exists; add --overwrite to replace it, or --out DIR for another place{way_out}")
     if not hollow(folder) and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} exists and is not a run's folder; it is not replaced")
     if (folder / "rounds.csv").is_file():
@@ -1153,11 +1163,11 @@ def main(argv: list[str] | None = None) -> int:
     if given.pop("list", False):
         for option, names in known_names().items():
             print(option)
-            for name, about in names.items():
-                print(textwrap.fill(about, 100, initial_indent=f"  {name:<17}", subsequent_indent=" " * 19))
+            print("".join(f"  {name:<17}{about}\n" for name, about in names.items()), end="")
         return 0
     if given.pop("quick", False):
-        given = vars(parser.parse_args(QUICK)) | given
+        rounds = given.setdefault("rounds", QUICK)
+        given.setdefault("mad_start", [rounds // 2])
     grid, runs, begun = "experiment" in given, {}, False
     try:
         planned = plan_resumed(given) if "resume" in given else plan(given)
@@ -1238,7 +1248,7 @@ def common_folder(folders: Collection[Path]) -> str:
 def report(result: Result, folder: Path) -> None:
     """The plain summary at the end of a run."""
     s, rounds = result.summary, result.rounds
-    print(f"\n{folder}" + (f"  (phantom images: {s['note']})" if s.get("note") else ""))
+    print(f"\n{folder}" + "  (phantom images)" * bool(s.get("note")))
     if rounds.empty:
         return print(f"Stopped      before the first round ended{way_on([folder])}")
     if not s["complete"]:
@@ -1247,7 +1257,12 @@ def report(result: Result, folder: Path) -> None:
         kind = "attacker" if client in s["malicious"] else "HONEST"
         why = ", submitted NaN or infinity" if client in s["nonfinite"] else ""
         print(f"Excluded     client {client} ({kind}{why}) in round {t}")
-    print(f"             {s['true_exclusions']} of {len(s['malicious'])} attackers, {s['false_exclusions']} honest")
+    attackers = len(s["malicious"])
+    if s["excluded"]:
+        among = f"{s['true_exclusions']} of {attackers} attackers, " * bool(attackers)
+        print(f"             {among}{s['false_exclusions']} honest")
+    else:
+        print(f"Excluded     nobody; {f'{attackers} attackers stayed' if attackers else 'nobody attacked'}")
     if s["kept_rounds"]:
         print(f"Kept         everyone, in {len(s['kept_rounds'])} rounds that would have excluded everyone")
     times = {f"round {len(rounds)}": rounds.iloc[-1], f"last {len(rounds.tail(50))}": rounds.tail(50).mean()}

@@ -405,18 +405,18 @@ def add_noise(W: Tensor, w: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def scale_up(W: Tensor, w: Tensor, rng: np.random.Generator) -> Tensor:
-    """The change, many times as large (Bagdasaryan et al. 2020); the labels are flipped, see data.ATTACKS."""
+    """The change, many times as large (Bagdasaryan et al. 2020). The labels are flipped, see data.ATTACKS."""
     return w + SCALE * (W - w)
 
 
 def a_little_is_enough(W: Tensor, w: Tensor, rng: np.random.Generator) -> Tensor:
-    """ALIE (Baruch et al. 2019): all submit the mean of what they trained, honestly, less so many standard deviations
-    in every weight that it still looks usual. One malicious client alone has no deviation, and does no harm."""
+    """ALIE (Baruch et al. 2019): a little off in every weight. All submit the mean of what they trained, honestly, less
+    so many standard deviations that it still looks usual. One malicious client alone has none, and does no harm."""
     return (W.mean(0) - DEVIATIONS * W.std(0, correction=0)).expand_as(W)
 
 
 def manipulate_inner_product(W: Tensor, w: Tensor, rng: np.random.Generator) -> Tensor:
-    """IPM (Xie et al. 2020): all submit the opposite of their mean change, enlarged so far that the average of all
+    """IPM (Xie et al. 2020): the mean change, backwards, enlarged. All submit it, so large that the average of all
     clients turns against the honest ones."""
     return (w - EPSILON * (W.mean(0) - w)).expand_as(W)
 
@@ -434,7 +434,7 @@ ATTACKS: dict[str, Callable[[Tensor, Tensor, np.random.Generator], Tensor]] = {
 
 
 def hug(W: Tensor, honest: Tensor, w: Tensor, rng: np.random.Generator) -> Tensor:
-    """Ours: an attacker that knows MAD and sees every model. It has flipped its labels, and goes from the honest
+    """Ours: knows MAD, flips labels, stays near enough to be kept. It sees every model, and goes from the honest
     clients' centre towards what it has trained only as far as MAD calls nobody outlying."""
     if not len(honest):  # all excluded: nothing is left to hide from
         return W

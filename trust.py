@@ -335,7 +335,7 @@ def distrusted(trust: Array, active: Mask, t: int, mad_start: int | None, settin
 
 
 def mean(W: Array, weights: Array, f: int) -> Array:
-    """FedAvg (McMahan et al. 2016): mean of the rows weighted by training samples. f is not used."""
+    """FedAvg (McMahan et al. 2016): mean by training samples. f is not used."""
     return np.average(W, axis=0, weights=weights)
 
 
@@ -345,18 +345,18 @@ def median(W: Array, weights: Array, f: int) -> Array:
 
 
 def trimmed_mean(W: Array, weights: Array, f: int) -> Array:
-    """Coordinate-wise mean without the f least and f greatest values (Yin et al. 2018). The weights are not used."""
+    """Mean without the f least and f greatest (Yin et al. 2018). Coordinate-wise; the weights are not used."""
     need(len(W), 2 * f + 1, "trimmed_mean", f)
     return np.sort(W, axis=0)[f : len(W) - f].mean(0)
 
 
 def krum(W: Array, weights: Array, f: int) -> Array:
-    """Krum (Blanchard et al. 2017): the one row with the least score; of equal ones the first."""
+    """Krum (Blanchard et al. 2017): the row of the least score. Of equal ones the first."""
     return W[krum_scores(W, f).argmin()]
 
 
 def multi_krum(W: Array, weights: Array, f: int) -> Array:
-    """Multi-Krum (Blanchard et al. 2017): mean of the n - f rows with the least scores. The weights are not used."""
+    """Multi-Krum (Blanchard et al. 2017): the n - f of least score. Their mean; the weights are not used."""
     return W[krum_scores(W, f).argsort(kind="stable")[: len(W) - f]].mean(0)
 
 
@@ -369,8 +369,8 @@ def krum_scores(W: Array, f: int) -> Array:
 
 
 def geometric_median(W: Array, weights: Array, f: int) -> Array:
-    """The point of the least weighted sum of distances from the rows, by Weiszfeld's steps, smoothed as in Pillutla et
-    al. (2019). It is a mean of the rows, so the steps are taken in its n coefficients. f is not used."""
+    """Least sum of distances from the rows (Pillutla et al. 2019). The sum is weighted; by Weiszfeld's steps, smoothed.
+    The point is a mean of the rows, so the steps are taken in its n coefficients. f is not used."""
     squared = squared_distances(W)
     share = weights / weights.sum()
     for _ in range(WEISZFELD_STEPS):
@@ -384,16 +384,16 @@ def geometric_median(W: Array, weights: Array, f: int) -> Array:
 
 
 def norm_clipping(U: Array, weights: Array, f: int) -> Array:
-    """Mean of the changes U [n, P], the long ones shortened (Sun et al. 2019) to the median length: ours, as the paper
-    takes a constant. f is not used."""
+    """Mean of the changes, long ones shortened (Sun et al. 2019). Those of U [n, P], to the median length: ours, as the
+    paper takes a constant. f is not used."""
     lengths = np.linalg.norm(U, axis=1)
     factors = np.minimum(1, np.median(lengths) / np.where(lengths > 0, lengths, 1))
     return mean(U * factors[:, None], weights, f)
 
 
 def lfighter(U: Array, weights: Array, f: int) -> Array:
-    """LFighter (Jebreel et al. 2023) for two classes: mean of the changes U [n, P] whose last layers lie in the good
-    one of two clusters. That is the larger and less alike in itself: attackers resemble one another. f is not used."""
+    """LFighter (Jebreel et al. 2023): clusters the last layers. For two classes: mean of the changes U [n, P] of
+    the good one of two clusters, the larger and less alike in itself: attackers resemble one another. f is not used."""
     last = U[:, LAST_LAYER]
     squared = squared_distances(last)
     if squared.max() == 0:

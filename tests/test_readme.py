@@ -42,7 +42,7 @@ def shortened(command: str) -> list[str]:
     if words[1] != "madsim.py" or words[2:] in (["--help"], ["--list"]):
         return words
     if words[2:] == ["--quick"]:  # what it stands for can be shortened too
-        words[2:] = madsim.QUICK
+        words[2:] = ["--rounds", str(madsim.QUICK), "--mad-start", str(madsim.QUICK // 2)]
     if "--resume" in words:  # the main job's folder, under the name that it has here
         return [*words[:-1], str(next(Path("results").glob("mad*")))]
     rounds = int(words[words.index("--rounds") + 1]) if "--rounds" in words else 1000

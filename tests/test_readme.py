@@ -179,8 +179,8 @@ def test_the_notebook_runs(small, monkeypatch, capsys):
     monkeypatch.setattr(sys, "path", [*sys.path])
     notebook = json.loads((HERE / "docs" / "lesson.ipynb").read_text())
     cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    assert "ROUNDS, START = 40, 20" in cells[0] and sum(map(len, cells)) < 3000  # short enough to read
+    assert "ROUNDS, START = 60, 30" in cells[0] and sum(map(len, cells)) < 3000  # short enough to read
     names = {}
     for cell in cells:
-        exec(compile(cell.replace("= 40, 20", "= 6, 3"), "a cell", "exec"), names)
+        exec(compile(cell.replace("= 60, 30", "= 6, 3"), "a cell", "exec"), names)
     assert "still there: [0 1 2]" in capsys.readouterr().out

@@ -768,12 +768,12 @@ def runs_table(runs: Sequence[Run], folder: Path) -> str:
     import pandas as pd
 
     rows = []
-    for run in runs:
+    for run in sorted(runs, key=lambda run: (run.folder.parent, by_start(run))):
         last = run.rounds[list(CURVES)].tail(10).mean()
         rows.append(
             {
                 "run": str(run.folder.relative_to(folder)), "data": run.data, "strategy": strategy(run),
-                "rounds": run.length, "seed": run.config.get("seed"), "attack": attack_of(run),
+                "rounds": run.length.removesuffix(" rounds"), "seed": run.config.get("seed"), "attack": attack_of(run),
                 "excluded": exclusions(run),
             } | {f"{name.replace('_', ' ')}, last 10 rounds": value for name, value in last.items()}
         )  # fmt: skip
@@ -786,16 +786,12 @@ def attack_of(run: Run) -> str:
 
 
 def exclusions(run: Run) -> str:
-    """'client 2 (attacker) in round 5, ...', or 'nobody'."""
-    out = run.clients[run.clients["active"] == 0].drop_duplicates("client").sort_values(["round", "client"])
+    """'attacker 2, 8 in round 5; honest 3 in round 7', or 'nobody'."""
+    out = run.clients[run.clients["active"] == 0].sort_values("round").drop_duplicates("client")
+    groups = out.sort_values("client").groupby(["round", "malicious"])["client"]
     kinds = {0: "honest", 1: "attacker"}
-    return (
-        ", ".join(
-            f"client {c} ({kinds.get(bad)}) in round {t}"
-            for c, bad, t in zip(out["client"], out["malicious"], out["round"])
-        )
-        or "nobody"
-    )
+    texts = [f"{kinds.get(bad)} {', '.join(map(str, who))} in round {t}" for (t, bad), who in groups]
+    return "; ".join(texts) or "nobody"
 
 
 # ---------------------------------------------------------------- the command line

@@ -602,7 +602,7 @@ def test_a_report_holds_table_figures_and_settings(tmp_path, capsys):
     printed = capsys.readouterr().out
     page = (tmp_path / "r" / "figures" / "report.html").read_text()
     assert str(tmp_path / "r" / "figures" / "report.html") in printed
-    for words in ("client 2 (attacker) in round 3", "MAD from round 3", "label_flip, 0.2 of the clients", "nobody"):
+    for words in ("attacker 2 in round 3", "MAD from round 3", "label_flip, 0.2 of the clients", "nobody"):
         assert f"<td>{words}</td>" in page, words
     assert "<td>0.475</td>" in page  # the mean of LOSS
     assert "<i>" not in page and "&lt;i&gt;" in page

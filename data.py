@@ -263,7 +263,12 @@ ATTACKS: dict[str, Callable[[Labels, float, np.random.Generator], Labels]] = {
     "scaled": flip_labels,
     "hug": flip_labels,
 }
-PARTITIONS = ("iid", "dirichlet", "quantity")
+# name -> partition(labels [n], clients, alpha, rng) -> the clients' image numbers
+PARTITIONS: dict[str, Callable[[Labels, int, float, np.random.Generator], list[NDArray]]] = {
+    "iid": lambda labels, clients, alpha, rng: partition_iid(len(labels), clients, rng),
+    "dirichlet": partition_dirichlet,
+    "quantity": lambda labels, clients, alpha, rng: partition_quantity(len(labels), clients, alpha, rng),
+}
 
 
 def malicious_count(clients: int, fraction: float) -> int:
@@ -295,12 +300,7 @@ def share_out(
     the labels [n] as the clients see them. The same seed gives the same split whatever the attack.
     """
     rng = np.random.default_rng([seed, 0])
-    if partition == "iid":
-        parts = partition_iid(len(labels), clients, rng)
-    elif partition == "dirichlet":
-        parts = partition_dirichlet(labels, clients, alpha, rng)
-    else:
-        parts = partition_quantity(len(labels), clients, alpha, rng)
+    parts = PARTITIONS[partition](labels, clients, alpha, rng)
     bad = set(rng.permutation(clients)[: malicious_count(clients, malicious)].tolist())
     seen = labels.copy()
     shares = []

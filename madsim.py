@@ -35,7 +35,19 @@ os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 import numpy as np
 
 import data
-from trust import PRESETS, RULES, Settings, State, aggregate, check_limits, initial_state, mad_step, plane, setting
+from trust import (
+    PRESETS,
+    RULES,
+    Settings,
+    State,
+    aggregate,
+    check_limits,
+    initial_state,
+    mad_step,
+    need,
+    plane,
+    setting,
+)
 
 DIGITS = 6  # significant digits of every number written: more than float32 holds after an average
 SHOWN_CLIENTS = 50  # ours: of so many at most where the models lie is recorded; at 100 it would take 6 % of a round
@@ -73,6 +85,7 @@ class Config:
         "concentration (alpha) of the Dirichlet distribution, for the partitions that are not iid",
         "Hsu et al. 2019",
         low=1e-3,
+        option="alpha",
     )
     rule: str = setting("mean", "how active clients' models are aggregated", "paper", choices=RULES)
     epochs: int = setting(1, "local epochs a round", "testbed", low=1, high=100)
@@ -93,15 +106,21 @@ class Config:
 
     def __post_init__(self):
         check_limits(self)
-        data.malicious_count(self.clients, self.malicious)
-        if self.mad_start is not None and self.mad_start > self.rounds:
-            raise ValueError(f"mad_start {self.mad_start} lies beyond the {self.rounds} rounds; use 1 to {self.rounds}")
+        need(self.rule, self.clients, data.malicious_count(self.clients, self.malicious))
+        for name in ("mad_start", "attack_start", "membership"):
+            if (getattr(self, name) or 1) > self.rounds:
+                beyond = f"{name} {getattr(self, name)} lies beyond the {self.rounds} rounds"
+                raise ValueError(f"{beyond}; use 1 to {self.rounds}")
         if self.attack not in data.ATTACKS:
             from model import ATTACKS, OMNISCIENT
 
             known = data.ATTACKS | ATTACKS | OMNISCIENT
             if self.attack not in known:
                 raise ValueError(f"attack {self.attack!r} is unknown; known: {', '.join(known)}")
+            if self.flip != Config.flip:
+                raise ValueError(f"flip {self.flip} changes nothing: attack {self.attack} flips no labels")
+        if self.partition == "iid" and self.concentration != Config.concentration:
+            raise ValueError(f"concentration (--alpha) {self.concentration} changes nothing with partition iid")
 
 
 def run_name(config: Config) -> str:
@@ -709,6 +728,8 @@ class Experiment:
             for name in ("mad_start", "attack_start", "attack_period"):
                 if options.get(name):
                     options[name] = max(1, round(options[name] * rounds / self.rounds))
+            if options.get("membership"):
+                options["membership"] = max(1, min(options["membership"], rounds))
             found[row, column] = replace(configure(options, Config()), mad_start=options.get("mad_start"))
         return found
 
@@ -800,6 +821,7 @@ EXPERIMENTS = {
     ),
 }
 PAPER = ("fig3a", "fig3c")  # --experiment paper
+ELSEWHERE = {"out", "overwrite", "jobs", "backend", "scheduler", "data_root"}  # options that change no number
 
 
 def tidy(cells: dict[Path, tuple[str, str]]):
@@ -824,7 +846,10 @@ def tidy(cells: dict[Path, tuple[str, str]]):
             found |= {f"jump_{name}": change[name]["total"], f"jump_{name}_model": change[name]["model"]}
         for name, value in DataFrame(filter(None, (summary["membership"] or {}).values())).mean().items():
             found[f"held_{name}"] = rounded(value)  # by the attackers, in the mean
-        found |= {"last": len(rounds), "data": about["data"]["name"]} | about["git"]
+        found |= {"last": len(rounds), "data": about["data"]["name"]}
+        code = [part["git"] for part in (about, *about.get("resumed", []))]  # another commit may have gone on with it
+        found["commit"] = ", ".join(dict.fromkeys(str(part["commit"]) for part in code))
+        found["dirty"] = any(part["dirty"] for part in code)
         rows.append(found)
     return DataFrame(rows)
 
@@ -836,10 +861,17 @@ def over_seeds(table):
     groups = table[table.complete].groupby(["row", "column"], sort=False)
     texts = groups.size().to_frame("seeds")
     for name, (heading, decimals) in shown.items():
-        mean, deviation = groups[name].mean(), groups[name].std()
-        pairs = [(f"{m:.{decimals}f}", f" ± {s:.{decimals}f}" if s == s else "") for m, s in zip(mean, deviation)]
-        texts[heading] = ["".join(pair) if m == m else "" for pair, m in zip(pairs, mean)]
+        texts[heading] = groups[name].apply(in_words, decimals)
     return texts
+
+
+def in_words(values, decimals: int) -> str:
+    """Mean and sample standard deviation of a pandas column: '0.96 ± 0.01', or '20.0 (of 1)' where the others are NaN,
+    or nothing."""
+    known = values.dropna()
+    deviation = f" ± {known.std():.{decimals}f}" if len(known) > 1 else ""
+    of = f" (of {len(known)})" if len(known) < len(values) else ""
+    return f"{known.mean():.{decimals}f}{deviation}{of}" if len(known) else ""
 
 
 def markdown(texts, heading: str) -> str:
@@ -1011,12 +1043,11 @@ def add_options(group, of: type) -> None:
         if f.name == "settings":
             continue
         about = f.metadata
-        name = {"alpha": "alpha_reputation", "concentration": "alpha"}.get(f.name, f.name)  # alpha is Dirichlet's
         kind = next(k for k in (get_args(f.type) or [f.type]) if k)
         value = {"mad_start": "ROUND", "data_root": "DIR"}.get(f.name) or {int: "N", float: "X", str: "NAME"}[kind]
         default = "" if f.default is None else f"default: {f.default}, "
         group.add_argument(
-            "--" + name.replace("_", "-"),
+            option(f.name),
             dest=f.name,
             type=start_round if f.name == "mad_start" else kind,
             nargs="+" if f.name == "mad_start" else None,
@@ -1026,10 +1057,21 @@ def add_options(group, of: type) -> None:
         )
 
 
+def option(name: str) -> str:
+    """The option of the command line for a field of Config or Settings, or another one by its name in `given`."""
+    renamed = {f.name: f.metadata["option"] for f in (*fields(Config), *fields(Settings)) if "option" in f.metadata}
+    return "--" + renamed.get(name, name.replace("_", "-"))
+
+
 def plan(given: dict) -> dict[Path, Config]:
     """The new runs that the command line asks for by the options `given`, each in its folder."""
     check_execution(given)
     out = given.get("out", Path("results"))
+    if "quick" in given and "experiment" in given:
+        raise ValueError("--quick is a run of its own, --experiment another thing; leave out one of them")
+    if "quick" in given:
+        rounds = given.get("rounds", QUICK)
+        given = {"rounds": rounds, "mad_start": [rounds // 2]} | given
     if "experiment" in given:
         groups = {folder: [*cells.values()] for folder, cells in plan_experiments(given).items()}
     else:
@@ -1048,7 +1090,7 @@ def plan_experiments(given: dict) -> dict[Path, dict[tuple[str, str], Config]]:
     names = PAPER if given["experiment"] == "paper" else [given["experiment"]]
     for name in names:
         if clash := sorted(EXPERIMENTS[name].sets() & given.keys()):
-            raise ValueError(f"experiment {name} sets {', '.join(clash)} itself; leave that out")
+            raise ValueError(f"experiment {name} sets {', '.join(map(option, clash))} itself; leave that out")
     return {given.get("out", Path("results")) / name: EXPERIMENTS[name].cells(given) for name in names}
 
 
@@ -1066,6 +1108,8 @@ def check_execution(given: dict) -> None:
         raise ValueError("--scheduler goes with --backend dask")
     if given.get("backend") == "dask" and "scheduler" not in given:
         raise ValueError("--backend dask needs --scheduler ADDRESS")
+    if "scheduler" in given and "jobs" in given:
+        raise ValueError("--jobs is of this machine; a Dask cluster has the workers that it was started with")
 
 
 def configure(given: dict, base: Config) -> Config:
@@ -1082,7 +1126,7 @@ def plan_resumed(given: dict) -> dict[Path, Config]:
     Another option may stand beside it if it says the same; ValueError if not, and for options that belong to new runs.
     """
     check_execution(given)
-    for name in ("seeds", "experiment", "overwrite", "out"):
+    for name in ("seeds", "experiment", "overwrite", "out", "quick"):
         if name in given:
             raise ValueError(f"--resume goes on with runs that are there; leave out --{name}")
     folders = {folder.resolve(): folder for folder in given["resume"]}.values()  # each once
@@ -1165,9 +1209,6 @@ def main(argv: list[str] | None = None) -> int:
             print(option)
             print("".join(f"  {name:<17}{about}\n" for name, about in names.items()), end="")
         return 0
-    if given.pop("quick", False):
-        rounds = given.setdefault("rounds", QUICK)
-        given.setdefault("mad_start", [rounds // 2])
     grid, runs, begun = "experiment" in given, {}, False
     try:
         planned = plan_resumed(given) if "resume" in given else plan(given)
@@ -1262,7 +1303,8 @@ def report(result: Result, folder: Path) -> None:
         among = f"{s['true_exclusions']} of {attackers} attackers, " * bool(attackers)
         print(f"             {among}{s['false_exclusions']} honest")
     else:
-        print(f"Excluded     nobody; {f'{attackers} attackers stayed' if attackers else 'nobody attacked'}")
+        stayed = f"{attackers} attacker{'s' * (attackers > 1)} stayed"
+        print(f"Excluded     nobody; {stayed if attackers else 'nobody attacked'}")
     if s["kept_rounds"]:
         print(f"Kept         everyone, in {len(s['kept_rounds'])} rounds that would have excluded everyone")
     times = {f"round {len(rounds)}": rounds.iloc[-1], f"last {len(rounds.tail(50))}": rounds.tail(50).mean()}
@@ -1280,32 +1322,39 @@ def report(result: Result, folder: Path) -> None:
 
 def report_seeds(table) -> None:
     """For runs that differ in the seed alone, given as `tidy` does, their means and deviations over the seeds."""
-    print(f"\nLast {LAST} rounds: mean ± standard deviation over seeds")
+    print(f"\nLast {span(table)} rounds: mean ± standard deviation over seeds")
     for (name, _), texts in over_seeds(table).iterrows():
         print(f"{name}, {texts.pop('seeds')} seeds")
         print("".join(f"             {label:<22}{text}\n" for label, text in texts.items() if text), end="")
 
 
+def span(table) -> int:
+    """Of how many last rounds a `tidy` frame has the means."""
+    return min(LAST, int(table["last"].max()))
+
+
 def tabulate_experiments(given: dict) -> None:
     """Write each experiment's table.csv, a row a run, and table.md, a row a cell; say the essence of it."""
     for folder, cells in plan_experiments(given).items():
-        seeds = seeds_of(given)
+        there = [re.search(r"-s(\d+)$", path.name) for path in folder.iterdir()]  # other seeds' runs of an earlier call
+        seeds = sorted({*seeds_of(given), *(int(match[1]) for match in there if match)})
         runs = {folder / run_name(replace(c, seed=seed)): cell for cell, c in cells.items() for seed in seeds}
         table = tidy(runs)
         if table.empty:
             continue
         replace_file(folder / "table.csv", table.to_csv(index=False).encode())
         texts = over_seeds(table)
-        replace_file(folder / "table.md", markdown(texts, heading(folder.name, table)).encode())
+        replace_file(folder / "table.md", markdown(texts, heading(folder.name, table, given)).encode())
         few = texts[["seeds", "attackers out", "honest out", "honest accuracy", "test accuracy"]]
-        print(f"\n{EXPERIMENTS[folder.name].about}; last {LAST} rounds, mean ± standard deviation over seeds")
+        print(f"\n{EXPERIMENTS[folder.name].about}; last {span(table)} rounds, mean ± standard deviation over seeds")
         print(few.to_string())
         print(f"Tables       {folder / 'table.md'}, {folder / 'table.csv'}\nFigures      python plot.py {folder}")
 
 
-def heading(name: str, table) -> str:
+def heading(name: str, table, given: dict) -> str:
     """What stands above an experiment's Markdown table: what it is, and which code made it from which data."""
-    commits = ", ".join(sorted({str(commit) for commit in table.commit}))
+    words = [f"{option(key)} {value}" for key, value in (given | {"experiment": name}).items() if key not in ELSEWHERE]
+    commits = ", ".join(sorted({commit for commits in table.commit for commit in commits.split(", ")}))
     dirty = " (with changes)" if table.dirty.any() else ""
     short = table[~table.complete]
     failed = [f"{run.row} {run.column}, seed {run.seed}, after round {run.last}" for run in short.itertuples()]
@@ -1315,9 +1364,9 @@ def heading(name: str, table) -> str:
     seeds = ", ".join(map(str, sorted(table.seed.unique())))
     return (
         f"# {name}: {EXPERIMENTS[name].about}\n\n"
-        f"`python madsim.py --experiment {name}`; {', '.join(table.data.unique())}; {rounds} rounds; seeds {seeds}; "
+        f"`python madsim.py {' '.join(words)}`; {', '.join(table.data.unique())}; {rounds} rounds; seeds {seeds}; "
         f"commit {commits}{dirty}. Mean ± sample standard deviation over the seeds; of losses and accuracies, of their "
-        f"means over the last {LAST} rounds.{scaled}{ended}"
+        f"means over the last {span(table)} rounds.{scaled}{ended}"
     )
 
 

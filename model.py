@@ -206,9 +206,9 @@ def draw_batches(
     A batch that is short, or that a client with fewer images does not have, is filled up with -1. B is the batch
     size, or how many images the clients have if that is less.
     """
-    batch_size = min(batch_size, max(map(len, members)))
-    steps = [epochs * -(-len(own) // batch_size) for own in members]
-    numbers = np.full((len(members), max(steps), batch_size), -1)
+    widths = [min(batch_size, len(own)) for own in members]  # what a client draws depends on no other client
+    steps = [epochs * -(-len(own) // width) for own, width in zip(members, widths)]
+    numbers = np.full((len(members), max(steps), max(widths)), -1)
     keep = np.ones((*numbers.shape, sum(HIDDEN)), np.float32)
     p = np.repeat(np.float32(dropout), HIDDEN)  # [96]
     for c, (own, rng) in enumerate(zip(members, rngs)):
@@ -216,7 +216,8 @@ def draw_batches(
         for epoch in range(epochs):
             epoch_of[epoch, : len(own)] = rng.permutation(own)
         if p.any():
-            keep[c, : steps[c]] = (rng.random(keep[c, : steps[c]].shape, np.float32) >= p) / (1 - p)
+            drawn = keep[c, : steps[c], : widths[c]]
+            drawn[:] = (rng.random(drawn.shape, np.float32) >= p) / (1 - p)
     return numbers, keep
 
 
@@ -411,13 +412,14 @@ def scale_up(W: Tensor, w: Tensor, rng: np.random.Generator) -> Tensor:
 
 def a_little_is_enough(W: Tensor, w: Tensor, rng: np.random.Generator) -> Tensor:
     """ALIE (Baruch et al. 2019): a little off in every weight. All submit the mean of what they trained, honestly, less
-    so many standard deviations that it still looks usual. One malicious client alone has none, and does no harm."""
+    so many standard deviations that it still looks usual: 1.5, as in the paper's experiments, whose formula gives 0
+    for two of ten. One malicious client alone has no deviation, and does no harm."""
     return (W.mean(0) - DEVIATIONS * W.std(0, correction=0)).expand_as(W)
 
 
 def manipulate_inner_product(W: Tensor, w: Tensor, rng: np.random.Generator) -> Tensor:
     """IPM (Xie et al. 2020): the mean change, backwards, enlarged. All submit it, so large that the average of all
-    clients turns against the honest ones."""
+    clients turns against the honest ones. The mean is that of what they trained, honestly; there it is the others'."""
     return (w - EPSILON * (W.mean(0) - w)).expand_as(W)
 
 

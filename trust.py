@@ -7,7 +7,7 @@ Shapes: C clients, n clients that are scored, P parameters, t round (the first i
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from numbers import Integral, Real
 from sys import float_info
 from typing import get_args
@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 LLOYD_STEPS = 300  # at most, as in scikit-learn
-WEISZFELD_STEPS = 100  # at most: ours; some 10 suffice
+WEISZFELD_STEPS = 10_000  # at most: ours; some 30 suffice, but where one row has nearly half of the weight
+CONVERGED = 1e-9  # ours: a step so short, of the median distance
 SMOOTHING = 1e-6  # of the distances in Weiszfeld's steps (Pillutla et al. 2019)
 LAST_LAYER = slice(-66, -2)  # of a row of weights: the 2 x 32 of the network's last layer, before its 2 biases
 
@@ -25,8 +26,14 @@ Mask = NDArray[np.bool_]
 
 
 def setting(default, text: str, source: str, **limits):
-    """A dataclass field with its help, where its default comes from, and its limits: `low`, `high` or `choices`."""
+    """A dataclass field with its help, where its default comes from, its limits `low`, `high` or `choices`, and its
+    `option` on the command line if that has another name."""
     return field(default=default, metadata={"help": text, "source": source, **limits})
+
+
+def named(f: Field) -> str:
+    """A dataclass field as messages call it."""
+    return f"{f.name} (--{f.metadata['option']})" if "option" in f.metadata else f.name
 
 
 def check_limits(settings) -> None:
@@ -35,13 +42,13 @@ def check_limits(settings) -> None:
         value, limits = getattr(settings, f.name), f.metadata
         kinds = get_args(f.type) or (f.type,)
         if not isinstance(value, tuple({int: Integral, float: Real}.get(kind, kind) for kind in kinds)):
-            raise ValueError(f"{f.name} {value!r} must be of type {' or '.join(kind.__name__ for kind in kinds)}")
+            raise ValueError(f"{named(f)} {value!r} must be of type {' or '.join(kind.__name__ for kind in kinds)}")
         if "choices" in limits and value not in limits["choices"]:
-            raise ValueError(f"{f.name} {value!r} is unknown; known: {', '.join(map(str, limits['choices']))}")
+            raise ValueError(f"{named(f)} {value!r} is unknown; known: {', '.join(map(str, limits['choices']))}")
         high = limits.get("high", float_info.max)
         if "low" in limits and value is not None and not limits["low"] <= value <= high:
             most = f"at most {high}" if "high" in limits else "finite"
-            raise ValueError(f"{f.name} {value} must be at least {limits['low']} and {most}")
+            raise ValueError(f"{named(f)} {value} must be at least {limits['low']} and {most}")
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,9 @@ class Settings:
     floored: str = setting(
         "ungrouped", "when the scale floor holds: without an outlying group", "ours", choices=("ungrouped", "always")
     )
-    alpha: float = setting(0.5, "d from which reputation rises, eq. (2)", "paper", low=0, high=1)
+    alpha: float = setting(
+        0.5, "d from which reputation rises, eq. (2)", "paper", low=0, high=1, option="alpha-reputation"
+    )
     beta_reputation: float = setting(0.75, "smoothing of reputation, eq. (4)", "paper", low=0, high=1)
     beta_trust: float = setting(0.85, "smoothing of trust, eq. (6)", "paper", low=0, high=1)
     threshold: float = setting(0.15, "trust below which a client is excluded", "testbed", low=0, high=1)
@@ -346,23 +355,24 @@ def median(W: Array, weights: Array, f: int) -> Array:
 
 def trimmed_mean(W: Array, weights: Array, f: int) -> Array:
     """Mean without the f least and f greatest (Yin et al. 2018). Coordinate-wise; the weights are not used."""
-    need(len(W), 2 * f + 1, "trimmed_mean", f)
+    need("trimmed_mean", len(W), f)
     return np.sort(W, axis=0)[f : len(W) - f].mean(0)
 
 
 def krum(W: Array, weights: Array, f: int) -> Array:
     """Krum (Blanchard et al. 2017): the row of the least score. Of equal ones the first."""
+    need("krum", len(W), f)
     return W[krum_scores(W, f).argmin()]
 
 
 def multi_krum(W: Array, weights: Array, f: int) -> Array:
     """Multi-Krum (Blanchard et al. 2017): the n - f of least score. Their mean; the weights are not used."""
+    need("multi_krum", len(W), f)
     return W[krum_scores(W, f).argsort(kind="stable")[: len(W) - f]].mean(0)
 
 
 def krum_scores(W: Array, f: int) -> Array:
     """Sum [n] of each row's squared distances from the n - f - 2 rows nearest to it (Blanchard et al. 2017)."""
-    need(len(W), 2 * f + 3, "krum", f)
     squared = squared_distances(W)
     np.fill_diagonal(squared, np.inf)
     return np.sort(squared, axis=1)[:, : len(W) - f - 2].sum(1)
@@ -371,15 +381,19 @@ def krum_scores(W: Array, f: int) -> Array:
 def geometric_median(W: Array, weights: Array, f: int) -> Array:
     """Least sum of distances from the rows (Pillutla et al. 2019). The sum is weighted; by Weiszfeld's steps, smoothed.
     The point is a mean of the rows, so the steps are taken in its n coefficients. f is not used."""
-    squared = squared_distances(W)
-    share = weights / weights.sum()
+    W = W.astype(np.float64)
+    spread = np.sqrt(np.median(squared_distances(W), axis=1))
+    places = np.linalg.qr((W - W[spread.argmin()]).T, mode="r").T  # [n, n], as far apart as the rows
+    distance = spread  # to begin with, so that the steps need not come back from an outlier
+    share = np.zeros(len(W))
     for _ in range(WEISZFELD_STEPS):
-        distance = np.sqrt(np.maximum(squared @ share - share @ squared @ share / 2, 0))
         nearer = weights / np.maximum(distance, SMOOTHING)
         nearer /= nearer.sum()
-        if np.allclose(nearer, share, rtol=0, atol=1e-9):
-            break
+        moved = np.linalg.norm((nearer - share) @ places)
         share = nearer
+        distance = np.linalg.norm(places - share @ places, axis=1)
+        if moved <= CONVERGED * np.median(distance):
+            break
     return share @ W
 
 
@@ -410,8 +424,9 @@ def lfighter(U: Array, weights: Array, f: int) -> Array:
     return mean(U[good], weights[good], f)
 
 
-def need(clients: int, least: int, rule: str, f: int) -> None:
+def need(rule: str, clients: int, f: int) -> None:
     """ValueError if a rule has too few clients to withstand f malicious ones."""
+    least = {"trimmed_mean": 2 * f + 1, "krum": 2 * f + 3, "multi_krum": 2 * f + 3}.get(rule, 1)
     if clients < least:
         raise ValueError(f"{rule} needs {least} clients to withstand {f} malicious ones; there are {clients}")
 

@@ -374,10 +374,12 @@ def table(*losses: float, **columns) -> pd.DataFrame:
 
 def test_seeds_are_summed_up_by_hand(capsys):
     """Losses 0.5 and 0.7: mean 0.6, sample deviation 0.1 * sqrt 2. What was cut short is left out."""
-    runs = table(0.5, 0.7, 9.0, complete=[True, True, False], true_exclusions=[2, 1, 0])
+    runs = table(0.5, 0.7, 9.0, complete=[True, True, False], true_exclusions=[2, 1, 0], last=40)
     (texts,) = over_seeds(runs).to_dict("records")
     assert texts == {"seeds": 2, "loss": "0.600 ± 0.141", "precision": "", "attackers out": "1.5 ± 0.7"}
     assert over_seeds(table(0.5)).loss.tolist() == ["0.500"]  # of one seed no deviation
+    missed = pd.Series([3.0, 4.0, np.nan])
+    assert [madsim.in_words(missed[start:], 1) for start in (0, 1, 2)] == ["3.5 ± 0.7 (of 2)", "4.0 (of 1)", ""]
     madsim.report_seeds(runs)
     assert capsys.readouterr().out.splitlines() == [
         "",
@@ -427,8 +429,17 @@ def test_an_experiment_writes_its_tables(quick, grid, tmp_path, capsys):
         assert run.attackers == (run.column == "two") and run.complete and run["last"] == 4
         assert run.true_exclusions == summary["true_exclusions"] and run.data == "phantom"
     text = (tmp_path / "grid" / "table.md").read_text()
-    assert text.startswith("# grid: two by one\n") and "seeds 0, 1; commit " in text
+    assert text.startswith(
+        "# grid: two by one\n\n`python madsim.py --experiment grid --clients 4 --dataset phantom --seeds 2`;"
+    )
+    assert "seeds 0, 1; commit " in text and "over the last 4 rounds" in text
     assert text.count("| MAD from 2 |") == 2
+    resumed = next(path for path in (tmp_path / "grid").glob("*s1/config.json"))
+    about = json.loads(resumed.read_text())
+    resumed.write_text(json.dumps(about | {"resumed": [{"git": {"commit": "abc", "dirty": True}}]}))
+    assert main([*grid[:-1], "1", "--out", str(tmp_path)]) == 0  # the other seed's runs stay in the table
+    runs = pd.read_csv(tmp_path / "grid" / "table.csv")
+    assert len(runs) == 4 and runs["dirty"].sum() >= 1 and sum(", abc" in commit for commit in runs["commit"]) == 1
 
 
 CLUSTER = """
@@ -496,7 +507,7 @@ def test_a_scheduler_that_does_not_answer_is_one_line(tmp_path, capsys, monkeypa
 
 def test_an_experiment_sets_its_own_options(capsys, tmp_path):
     text = refusal(capsys, "--experiment", "attacks", "--flip", "0.5", "--mad-start", "3", "--out", tmp_path / "out")
-    assert text == "madsim: experiment attacks sets flip, mad_start itself; leave that out\n"
+    assert text == "madsim: experiment attacks sets --flip, --mad-start itself; leave that out\n"
 
 
 def test_what_an_experiment_asks_for_twice_is_run_once():
@@ -524,7 +535,6 @@ def test_each_experiment_has_a_folder_of_its_own(tmp_path):
         ("--malicious nan", "malicious fraction nan must be at least 0"),
         ("--rounds 40 --mad-start 50", "mad_start 50 lies beyond the 40 rounds; use 1 to 40"),
         ("--mad-start 0", "mad_start 0 must be at least 1"),
-        ("--mad-start soon", "--mad-start: invalid"),
         ("--lr -1", "lr -1.0 must be at least 0"),
         ("--lr nan", "lr nan must be at least 0 and finite"),
         ("--lr inf", "lr inf must be at least 0 and finite"),
@@ -541,12 +551,24 @@ def test_each_experiment_has_a_folder_of_its_own(tmp_path):
         ("--threshold 2", "threshold 2.0 must be at least 0 and at most 1"),
         ("--attack flipp", "'flipp' is unknown; known: label_flip, one_way_flip, scaled, hug, nan, sign_flip, noise"),
         ("--partition odd", "invalid choice: 'odd' (choose from"),
-        ("--partition dirichlet --alpha 0", "concentration 0.0 must be at least 0.001 and finite"),
+        ("--partition dirichlet --alpha 0", "concentration (--alpha) 0.0 must be at least 0.001 and finite"),
         ("--rule medoid", "invalid choice: 'medoid' (choose from"),
         ("--dataset mnist", "invalid choice: 'mnist' (choose from"),
         ("--preset x", "invalid choice: 'x' (choose from"),
         ("--experiment fig9", "invalid choice: 'fig9' (choose from"),
-        ("--experiment fig3a --mad-start 3", "experiment fig3a sets mad_start itself; leave that out"),
+        ("--experiment fig3a --mad-start 3", "experiment fig3a sets --mad-start itself; leave that out"),
+        ("--experiment noniid --alpha 1", "experiment noniid sets --alpha itself; leave that out"),
+        ("--alpha-reputation 2", "alpha (--alpha-reputation) 2.0 must be at least 0 and at most 1"),
+        ("--experiment fig3a --quick", "--quick is a run of its own"),
+        ("--rounds 2 --attack-start 5", "attack_start 5 lies beyond the 2 rounds; use 1 to 2"),
+        ("--rounds 2 --membership 10", "membership 10 lies beyond the 2 rounds"),
+        ("--alpha 1", "concentration (--alpha) 1.0 changes nothing with partition iid"),
+        ("--attack noise --flip 0.5", "flip 0.5 changes nothing: attack noise flips no labels"),
+        (
+            "--rule multi_krum --malicious 0.4",
+            "multi_krum needs 11 clients to withstand 4 malicious ones; there are 10",
+        ),
+        ("--backend dask --scheduler tcp://localhost:1 --jobs 2", "--jobs is of this machine"),
         ("--mad-start soon", "--mad-start: 'soon' is neither a round nor 'never'"),
         ("--no-such-option", "unrecognized arguments: --no-such-option"),
         ("--dataset phantom --clients 3000", "3000 clients can't share 4708 images"),

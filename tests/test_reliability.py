@@ -333,7 +333,7 @@ def test_an_experiment_does_not_take_other_runs_for_its_own(grid, tmp_path, caps
     for path in folder.iterdir():
         path.unlink()
     (folder / "mine.txt").touch()
-    assert "exists; use --overwrite" in refusal(capsys, *grid, "--out", tmp_path)
+    assert "exists; add --overwrite" in refusal(capsys, *grid, "--out", tmp_path)
     assert (folder / "mine.txt").exists()
 
 

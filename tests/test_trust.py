@@ -447,6 +447,9 @@ def test_the_geometric_median_by_hand():
     line = column(0, 1, 10)
     assert trust.geometric_median(line, np.ones(3), 0) == pytest.approx([1], abs=1e-4)
     assert trust.geometric_median(line, np.array([1.0, 1, 5]), 0) == pytest.approx([10], abs=1e-4)
+    for nearly_half in (1.95, 1.99):  # the steps are slow where one row has nearly half of the weight
+        assert trust.geometric_median(line, np.array([1, 1, nearly_half]), 0) == pytest.approx([1], abs=1e-3)
+        assert trust.geometric_median(line, np.array([1, 1, 4 - nearly_half]), 0) == pytest.approx([10], abs=1e-3)
     square = np.array([[0.0, 0], [0, 2], [2, 0], [2, 2]])
     assert trust.geometric_median(square, ONES, 0) == pytest.approx([1, 1])
     assert trust.geometric_median(np.vstack([ROWS[:1]] * 3 + [ROWS[3:]]), ONES, 0) == pytest.approx([0, 0], abs=1e-4)
@@ -464,6 +467,15 @@ def test_nothing_near_the_geometric_median_is_nearer_to_all(seed, clients):
 
     for step in rng.normal(size=(20, 5)):
         assert total(best + 0.05 * step) > total(best) - 1e-6
+
+
+@pytest.mark.parametrize("far", [1e6, 1e12, 1e20, 1e30])
+def test_how_far_the_outliers_lie_is_nothing_to_the_geometric_median(far):
+    """Only their direction is: two of ten at the far ends of an axis pull it equally, and cancel."""
+    W = np.random.default_rng(0).normal(size=(10, 3))
+    W[:2] = [[far, far, far], [-far, -far, -far]]
+    best = trust.geometric_median(W, np.ones(10), 0)
+    assert best == pytest.approx(trust.geometric_median(W[2:], np.ones(8), 0), abs=1e-5)
 
 
 def test_norm_clipping_by_hand():

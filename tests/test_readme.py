@@ -141,6 +141,43 @@ def test_the_numbers_of_the_replication_are_those_of_its_tables():
     assert len(quoted) > 20 and [text for text in quoted if text not in known] == []
 
 
+# What docs/replication.md rests on: experiment, row, column, metric, and what the page says of it.
+MAIN = [
+    ("fig3a", "MAD from 5", "", "true_exclusions", "2.0 ± 0.0"),
+    ("fig3a", "MAD from 80", "", "jump_loss", "0.916 ± 0.123"),
+    ("fig3a", "MAD from 5", "", "jump_loss_model", "0.142 ± 0.018"),
+    ("fig3a", "MAD from 80", "", "jump_accuracy_model", "0.036 ± 0.015"),
+    ("fig3a", "never", "", "honest_accuracy", "0.923 ± 0.009"),
+    ("membership", "never", "", "fluctuation", "0.011 ± 0.003"),
+    ("membership", "MAD from 10", "", "honest_accuracy", "0.963 ± 0.008"),
+    ("membership", "MAD from 10", "", "honest_loss", "1.713 ± 0.810"),
+    ("membership", "MAD from 10", "", "held_validation_advantage", "0.037 ± 0.020"),
+    ("membership", "MAD from 500", "", "held_validation_advantage", "0.066 ± 0.026"),
+    ("membership", "never", "", "held_test_advantage", "0.163 ± 0.023"),
+    ("attacks", "sign_flip", "MAD from 10", "true_exclusions", "1.2 ± 1.1"),
+    ("attacks", "alie, 40 % malicious", "MAD from 10", "honest_accuracy", "0.950 ± 0.013"),
+    ("attacks", "hug, 40 % malicious", "MAD from 10", "false_exclusions", "2.0 ± 2.8"),
+    ("attacks", "hug, 40 % malicious", "MAD from 10", "honest_accuracy", "0.767 ± 0.399"),
+    ("attacks", "one_way_flip", "never", "test_accuracy", "0.882 ± 0.008"),
+    ("defences", "lfighter", "one_way_flip", "honest_accuracy", "0.921 ± 0.032"),
+    ("defences", "krum", "hug", "honest_accuracy", "0.849 ± 0.015"),
+    ("readings", "preset testbed", "0%, MAD from 5", "false_exclusions", "10.0 ± 0.0"),
+    ("readings", "preset paper", "0%, MAD from 5", "false_exclusions", "0.0 ± 0.0"),
+    ("noniid", "quantity, alpha 1", "no attack, MAD from 10", "false_exclusions", "2.6 ± 0.9"),
+    ("noniid", "dirichlet, alpha 0.5", "label_flip, MAD from 10", "true_exclusions", "1.0 ± 0.7"),
+]
+
+
+@pytest.mark.parametrize(("experiment", "row", "column", "metric", "said"), MAIN)
+def test_the_main_numbers_are_those_of_their_cells(experiment, row, column, metric, said):
+    path = HERE / "docs" / "results" / experiment / "table.csv"
+    table = pd.read_csv(path, dtype={"column": str}).fillna({"column": ""})
+    cell = table[(table["row"] == row) & (table["column"] == column)][metric]
+    digits = len(said.split()[0].partition(".")[2])
+    assert len(cell) == 5 and f"{abs(cell.mean()):.{digits}f} ± {cell.std():.{digits}f}" == said
+    assert said in (HERE / "docs" / "replication.md").read_text()
+
+
 def test_the_worked_example_of_the_lesson():
     """The numbers in the tables of docs/lesson.md are those of trust.py for models 0, 1, 2 and 10, submitted twice."""
     import trust

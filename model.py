@@ -9,7 +9,7 @@ Shapes: C clients, S steps, B batch, P parameters, n images; ci and co channels 
 
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cache, cached_property, partial
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -30,7 +30,6 @@ DEVIATIONS = 1.5  # Baruch et al.'s own z in their experiments
 EPSILON = 5.0  # ours: above 4, at which 20 % attackers turn the average
 SMALL = 1e-12  # a distance that is none
 HUG = 1.2  # ours: within the 1.25 spreads of trust.Settings.outlying
-RESAMPLES = 100  # ours: of the bootstrap; its standard error is then known to some 7 %
 EVALUATED = (8, 28)  # ours, measured: groups, and images in each, that are evaluated at once
 
 
@@ -374,19 +373,6 @@ def metrics_by_client(logits: Tensor, labels: Tensor, owner: np.ndarray) -> tupl
     return np.bincount(owner, losses) / sizes, np.bincount(owner, right) / sizes
 
 
-def membership_advantage(members: np.ndarray, others: np.ndarray) -> float:
-    """Advantage in [0, 1] of who tells training images from others by their losses (Yeom et al. 2018), given in [n]
-    and [m]: the greatest difference, over all thresholds, between the share of members and of others below it."""
-    from scipy.stats import ks_2samp
-
-    return float(ks_2samp(members, others, alternative="greater", method="asymp").statistic)
-
-
-def chance_advantage(members: int, others: int) -> float:
-    """The advantage expected of so many images where there is nothing to tell: the mean of Smirnov's limit (1939)."""
-    return float(np.sqrt(np.pi / 8 * (1 / members + 1 / others)))
-
-
 # ---------------------------------------------------------------- attacks on what a client submits
 
 
@@ -525,45 +511,6 @@ class Clients:
         logits, n = predict(self.send(w), self.evaluated), len(self.test_labels)
         test, own = logits[:n], logits[n : n + len(self.own)]
         return *metrics_by_client(own, self.labels_in(t)[self.own], self.owner), metrics(test, self.test_labels)
-
-    @cached_property
-    def examined(self) -> tuple[Tensor, Tensor, list[int]]:
-        """What membership inference is tried on: the honest clients' training images, their validation images and the
-        test images, laid out; the true labels; and how many of each there are."""
-        honest = [share for share in self.shares if not share.malicious]
-        train, validation = (np.concatenate([getattr(s, kind) for s in honest]) for kind in ("train", "validation"))
-        own, test = np.concatenate([train, validation]), self.evaluated.flatten(0, 2)[: len(self.test_labels)]
-        labels = torch.cat([self.labels[own], self.test_labels])
-        return lay_out(torch.cat([self.images[own], test])), labels, [len(train), len(validation), len(test)]
-
-    def membership(self, w: np.ndarray, t: int) -> dict[str, float]:
-        """What the global weights w [P], which the clients get in round t, tell of who was trained on.
-
-        The `membership_advantage` between the honest clients' training images and the test images, and between
-        these and the same clients' validation images, which are of the very same kind: each with its standard error
-        (bootstrap over images, Efron 1979) and what chance alone would give.
-        """
-        from scipy.stats import bootstrap
-
-        images, labels, sizes = self.examined
-        logits = predict(self.send(w), images)[: len(labels)].double()
-        signs = 2 * labels - 1  # cross-entropy as a softplus, which stays above 0 however sure the network is
-        losses = F.softplus(signs * (logits[:, 0] - logits[:, 1])).cpu().numpy()
-        train, validation, test = np.split(losses, np.cumsum(sizes)[:-1])
-        found = {}
-        for name, others in (("test", test), ("validation", validation)):
-            again = bootstrap(
-                (train, others),
-                membership_advantage,
-                n_resamples=RESAMPLES,
-                vectorized=False,
-                method="percentile",
-                rng=np.random.default_rng([self.seed, t, 3]),
-            )
-            found[f"{name}_advantage"] = membership_advantage(train, others)
-            found[f"{name}_error"] = float(again.standard_error)
-            found[f"{name}_chance"] = chance_advantage(len(train), len(others))
-        return found
 
     def attacking(self, t: int) -> bool:
         """Whether malicious clients attack in round t."""

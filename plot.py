@@ -14,21 +14,30 @@ The plot functions take matplotlib Axes and leave the legend to the caller, so a
 from __future__ import annotations
 
 import argparse
-import base64
-import csv
-import html
-import io
-import json
-import math
-import reprlib
 import sys
-import warnings
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from bench import pages
+from bench.results import (
+    CURVES,
+    JUMP_PARTS,
+    LABELS,
+    METRICS,
+    OTHERS,
+    SCORES,
+    Run,
+    by_start,
+    find_runs,  # noqa: F401  for notebooks, as above
+    load_run,  # noqa: F401
+    load_runs,
+    read_grid,
+    strategy,
+    title,
+    variants,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,211 +51,7 @@ LINES = ("-", (0, (6, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (1.5, 1.2)))
 MARKERS = "^sDvoP*X"
 HONEST, ATTACKER, THRESHOLD = "#8C8C8C", "#D55E00", "#0072B2"
 
-CURVES = ("loss", "accuracy", "honest_accuracy")
-SCORES = ("reputation", "trust")
-JUMP_PARTS = {"composition": "who is averaged", "model": "the model itself"}  # and how the figure calls them
-OTHERS = {"test": "test images", "validation": "validation images of the same clients"}  # than training images
 MOST_LINES = 9  # in one figure; an experiment with more kinds of runs is drawn as heat maps alone
-METRICS = {  # of an experiment, and how its heat maps call them
-    "honest_accuracy": "Accuracy of the honest clients", "test_accuracy": "Accuracy on the test set",
-    "test_sensitivity": "Sensitivity (share of pneumonia found) on the test set",
-}  # fmt: skip
-LABELS = ("normal", "pneumonia")  # the data set's labels 0 and 1
-PAGE_BYTES = 2_500_000  # of the numbers in a page that plays a run
-SAMPLE_BYTES = 100_000  # of a run's samples.npz, unpacked, at most; madsim's have 3678
-
-# What config.json may hold under the names that are read here.
-KINDS = {
-    "rounds": int, "mad_start": (int, type(None)), "seed": int, "clients": int, "malicious": (int, float),
-    "flip": (int, float), "attack": str, "rule": str, "dataset": str, "data": dict, "settings": dict,
-}  # fmt: skip
-
-# ---------------------------------------------------------------- reading runs
-
-
-@dataclass(frozen=True, eq=False)
-class Run:
-    """A run's folder as read. What its files lack is missing: a key of `config`, rows, or NaN in a column."""
-
-    folder: Path
-    config: dict
-    rounds: DataFrame  # "round" and CURVES; one row a round
-    clients: DataFrame  # "round", "client", "malicious", "active" and SCORES; one row a round and client
-    samples: tuple[NDArray, NDArray] | None  # images uint8 [4, 28, 28] and their labels [4]
-    jump: dict | None  # of the first exclusion: its round, and loss and accuracy, each with its JUMP_PARTS
-    membership: DataFrame  # "round" and, for each of OTHERS, its advantage, error and chance; empty if not measured
-
-    @property
-    def name(self) -> str:
-        return self.folder.resolve().name
-
-    @property
-    def attacked(self) -> bool:
-        """Whether any client is malicious, which is taken for granted where the configuration does not say."""
-        return self.config.get("malicious") != 0
-
-    @property
-    def recorded(self) -> int:
-        """The last round that was written; 0 before the first."""
-        return int(max((table["round"].max() for table in (self.rounds, self.clients) if len(table)), default=0))
-
-    @property
-    def unfinished(self) -> bool:
-        """Still going, or stopped early."""
-        return self.recorded < self.config.get("rounds", 0)
-
-    @property
-    def length(self) -> str:
-        """'100 rounds', or '37 of 100 rounds' of an unfinished run."""
-        return f"{self.recorded} of {self.config['rounds']} rounds" if self.unfinished else f"{self.recorded} rounds"
-
-    @property
-    def data(self) -> str:
-        """The data set used, and whether the phantom had to stand in for the real one."""
-        data = self.config.get("data") or {}
-        name = data.get("name") or self.config.get("dataset") or "unknown data set"
-        if name != "phantom":
-            return name
-        return "phantom images, PneumoniaMNIST was not available" if data.get("note") else "phantom images"
-
-
-def find_runs(folder: str | Path) -> list[Path]:
-    """Every folder at or below `folder` with a config.json and a rounds.csv, sorted.
-
-    Raises FileNotFoundError if `folder` is not there or holds no run.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder; give one that madsim.py has written results to")
-    configs = [path for path in folder.rglob("config.json") if path.is_file()]
-    runs = sorted(path.parent for path in configs if (path.parent / "rounds.csv").is_file())
-    if not runs:
-        raise FileNotFoundError(f"{folder} holds no run, that is no folder with config.json and rounds.csv")
-    return runs
-
-
-def load_run(folder: str | Path) -> Run:
-    """Read a run's folder, complete or not. Raises ValueError if its config.json is damaged."""
-    folder = Path(folder)
-    config = read_config(folder / "config.json")
-    rounds = read_table(folder / "rounds.csv", ["round"], CURVES)
-    clients = read_table(folder / "clients.csv", ["round", "client", "malicious"], ["active", *SCORES, "train_loss"])
-    measured = [f"{name}_{kind}" for name in OTHERS for kind in ("advantage", "error", "chance")]
-    membership = read_table(folder / "membership.csv", ["round"], measured).dropna()
-    samples, jump = read_samples(folder / "samples.npz"), read_jump(folder / "summary.json")
-    return Run(folder, config, rounds, clients, samples, jump, membership)
-
-
-def read_config(path: Path) -> dict:
-    """What config.json holds; ValueError if it is no JSON object, or one of the `KINDS` is of another type."""
-
-    def check(holder: dict, kinds: dict) -> None:
-        for name in holder.keys() & kinds:
-            value = holder[name]
-            if not isinstance(value, kinds[name]) or (isinstance(value, (int, float)) and not abs(value) < 2**63):
-                raise ValueError(f"{name} is {reprlib.repr(value)}")
-
-    try:
-        config = json.loads(path.read_bytes())
-        check({"it": config}, {"it": dict})
-        check(config, KINDS)
-        check(config.get("data", {}), {"name": str, "note": str})
-        check(config.get("settings", {}), {"threshold": (int, float)})
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"its config.json is damaged ({error})") from None
-    return config
-
-
-def read_table(path: Path, keys: Sequence[str], values: Sequence[str]) -> DataFrame:
-    """These columns of a CSV file, as numbers. A row without all its `keys` is left out, an absent value is NaN."""
-    import pandas as pd
-
-    columns = [*keys, *values]
-    text = path.read_text(errors="replace") if path.is_file() else ""
-    complete = text[: text.rfind("\n") + 1].strip()  # a run killed while writing leaves a torn last line
-    options = {"index_col": False, "on_bad_lines": "skip", "quoting": csv.QUOTE_NONE, "low_memory": False}
-    with warnings.catch_warnings(action="ignore"):  # that longer rows lose what is beyond the last column
-        table = pd.read_csv(io.StringIO(complete or ",".join(columns)), **options)
-    table = table.reindex(columns=columns).apply(pd.to_numeric, errors="coerce")
-    numbers = table[list(keys)]  # rounds and clients are numbered; what no number can be is left out
-    table = table[((numbers >= 0) & (numbers < 2**31) & (numbers % 1 == 0)).all(axis=1)]
-    return table.astype(dict.fromkeys(keys, int))
-
-
-def read_grid(path: Path) -> DataFrame:
-    """An experiment's table.csv, one row a run, those left out that did not come to their end, with `right`: the share
-    of its clients that are attackers and excluded, or honest and not. ValueError if it lacks something."""
-    import pandas as pd
-
-    table = pd.read_csv(path, dtype={"row": str, "column": str}).fillna({"row": "", "column": ""})
-    numbers = ["seed", "rounds", "clients", "attackers", "true_exclusions", "false_exclusions", *METRICS]
-    if lacking := [name for name in ["row", "column", "complete", "data", *numbers] if name not in table]:
-        raise ValueError(f"it lacks {', '.join(lacking)}")
-    table = table[table["complete"].eq(True)].copy()
-    table[numbers] = table[numbers].apply(pd.to_numeric)
-    missed = table["attackers"] - table["true_exclusions"]
-    table["right"] = 1 - (missed + table["false_exclusions"]) / table["clients"]
-    return table
-
-
-def read_samples(path: Path) -> tuple[NDArray, NDArray] | None:
-    """Four images uint8 [4, 28, 28] and their labels [4] from an npz file; None if it is absent or damaged."""
-    import numpy as np
-
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            if sum(member.file_size for member in arrays.zip.infolist()) > SAMPLE_BYTES:
-                return None
-            images, labels = arrays["images"], arrays["labels"]
-    except Exception:  # of a dozen kinds: zipfile's, zlib's, numpy's
-        return None
-    whole = images.shape == (4, 28, 28) and labels.shape == (4,) and np.isin(labels, range(len(LABELS))).all()
-    return (images, labels.astype(int)) if whole and images.dtype == np.uint8 else None
-
-
-def read_jump(path: Path) -> dict | None:
-    """The first exclusion's jump from a summary.json; None where there is none, or no such file, or it is damaged."""
-    try:
-        jump = json.loads(path.read_bytes())["jumps"][0]
-        parts = {name: {part: float(jump[name][part]) for part in JUMP_PARTS} for name in ("loss", "accuracy")}
-        return {"round": int(jump["round"])} | parts
-    except (OSError, ValueError, TypeError, LookupError, OverflowError, RecursionError):
-        return None
-
-
-def shortcomings(run: Run) -> str:
-    """In words, what of a run can't be drawn; empty if all of it can."""
-    columns = {name: run.rounds[name] for name in CURVES} | {name: run.clients[name] for name in ("active", *SCORES)}
-    absent = [name for name, values in columns.items() if values.isna().all()]
-    parts = [f"has {run.length}"] * run.unfinished + [f"nothing to draw of {', '.join(absent)}"] * bool(absent)
-    return "; ".join(parts)
-
-
-# ---------------------------------------------------------------- naming runs
-
-
-def strategy(run: Run) -> str:
-    """'MAD from round 5', 'never (FedAvg)' or 'no attack', and the aggregation rule if it is not FedAvg."""
-    start, rule = run.config.get("mad_start"), run.config.get("rule", "mean")
-    words = ["no attack"] * (not run.attacked) + [f"MAD from round {start}"] * (start is not None)
-    if not words:
-        return f"never ({'FedAvg' if rule == 'mean' else rule})"
-    return ", ".join(words) + (f" ({rule})" if rule != "mean" else "")
-
-
-def variants(runs: Sequence[Run]) -> list[str]:
-    """What tells each run from the others, its seed aside: its strategy and which attack, on how many."""
-    fields = ("attack", "malicious", "flip", "attack_start", "attack_period")
-    fields += ("clients", "partition", "concentration", "rounds")
-    differing = [name for name in fields if len({run.config.get(name) for run in runs if run.attacked}) > 1]
-    texts = []
-    for run in runs:
-        details = [f"{name} {run.config.get(name)}" for name in differing if run.attacked]
-        texts.append(", ".join([strategy(run), *details]))
-    # What still looks alike, say two presets of MAD, is told apart by the folder's name.
-    keys = [(text, run.config.get("seed")) for text, run in zip(texts, runs)]
-    count = Counter(keys)
-    return [f"{key[0]} ({run.name})" if count[key] > 1 else key[0] for key, run in zip(keys, runs)]
 
 
 def bundles(runs: Sequence[Run]) -> list[tuple[dict, list[Run]]]:
@@ -264,15 +69,6 @@ def bundles(runs: Sequence[Run]) -> list[tuple[dict, list[Run]]]:
         style = {"label": text, "color": COLOURS[kind % len(COLOURS)], "linestyle": LINES[kind % len(LINES)]}
         found.append((style, members))
     return found
-
-
-def title(subject: str, runs: Sequence[Run]) -> str:
-    """`subject`, and below it the data set, rounds and seeds of the runs."""
-    data = " and ".join(dict.fromkeys(run.data for run in runs))
-    length = " and ".join(dict.fromkeys(run.length for run in runs))
-    seeds = sorted({run.config["seed"] for run in runs if "seed" in run.config})
-    word = {0: "seed unknown", 1: "seed "}.get(len(seeds), "seeds ")
-    return f"{subject}\n{data}, {length}, {word}{', '.join(map(str, seeds))}"
 
 
 def band_title(subject: str, runs: Sequence[Run]) -> str:
@@ -535,12 +331,6 @@ def figures(runs: Sequence[Run], folder: Path) -> Iterator[tuple[Path, Figure]]:
                 yield group / f"trust-{run.name}", scores_figure(run)
 
 
-def by_start(run: Run) -> tuple:
-    """Sorting key, the paper's order: from the earliest MAD start to never, then without attack."""
-    start = run.config.get("mad_start")
-    return run.config.get("malicious") == 0, start is None, start or 0, run.config.get("seed") or 0, run.name
-
-
 def new_figure(rows: int = 1, columns: int = 1, height: float = 4.2, width: float = 8, sharex: bool = True):
     """A figure (inches) and its Axes, made without pyplot: needs no display, and is freed when done with."""
     from matplotlib.figure import Figure
@@ -647,153 +437,6 @@ def save(figure: Figure, path: Path) -> Path:
     return png
 
 
-# ---------------------------------------------------------------- a page that plays a run
-
-
-def play(run: Run) -> str:
-    """An HTML page that plays the run, whole in itself: docs/player.html with the run's numbers put in.
-
-    Of long runs with many clients a thinned set of rounds, see `frames`. Raises ValueError if the run has recorded
-    nothing to play.
-    """
-    import numpy as np
-
-    points = read_table(run.folder / "plane.csv", ["round", "client"], ["x", "y"])
-    clients = run.clients.merge(points, on=["round", "client"]).drop_duplicates(["round", "client"])
-    curves = run.rounds.drop_duplicates("round").set_index("round")
-    clients = clients[clients["round"].isin(curves.index)]
-    if clients.empty:
-        raise ValueError("there is nothing to play: no plane.csv with where the models lie (of 50 clients at most)")
-    members = sorted(clients["client"].unique())
-    malicious = clients.groupby("client")["malicious"].max().reindex(members)
-    excluded = clients[clients["active"] == 0].groupby("client")["round"].min().reindex(members)
-    shown = frames(sorted(clients["round"].unique()), len(members), excluded.dropna())
-
-    def table(column: str, scale: float | NDArray) -> NDArray:  # [rounds, clients]
-        wide = clients.pivot(index="round", columns="client", values=column).reindex(index=shown, columns=members)
-        return np.round(wide.to_numpy(float) * scale)
-
-    reach = reaches(np.hypot(clients["x"], clients["y"]).groupby(clients["round"]).max()).reindex(shown)
-    thousandths = 1000 / reach.to_numpy()[:, None]
-    content = {
-        "title": title(strategy(run), [run]).replace("\n", ": "),
-        "rounds": shown, "malicious": malicious, "excluded": excluded, "start": run.config.get("mad_start"),
-        "threshold": (run.config.get("settings") or {}).get("threshold"),
-        "reach": [float(f"{value:g}") for value in reach],
-        "points": np.stack([table("x", thousandths), table("y", thousandths)], axis=2),
-        "trust": table("trust", 100), "reputation": table("reputation", 100),
-    }  # fmt: skip
-    content |= {name: curves[name].reindex(shown).round(4) for name in CURVES}
-    content = {name: plain(value) for name, value in content.items()}
-    page = (Path(__file__).parent / "docs" / "player.html").read_text()
-    run_json = json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
-    return page.replace(">{}</script>", f">{run_json}</script>", 1)
-
-
-def reaches(far: Series) -> Series:
-    """How far the drawing of each round reaches, 1, 2 or 5 times a power of ten: to the `far`thest model of the five
-    rounds before and after, so that it seldom changes."""
-    import numpy as np
-
-    far = far.replace(0, np.nan).rolling(11, center=True, min_periods=1).max().fillna(1)
-    power, steps = 10 ** np.floor(np.log10(far)), np.array([1, 2, 5, 10])
-    return power * steps[np.searchsorted(steps, far / power)]
-
-
-def frames(rounds: list[int], clients: int, excluded: Series) -> list[int]:
-    """The rounds that a page shows: all of them or, where they would take more than PAGE_BYTES, an even selection with
-    the first, the last, and those in which clients were `excluded`."""
-    import numpy as np
-
-    room = max(2, PAGE_BYTES // (22 * clients + 40) - len(excluded))  # so many bytes take a client and a round
-    even = {rounds[i] for i in np.linspace(0, len(rounds) - 1, min(room, len(rounds))).round().astype(int)}
-    return sorted(map(int, even | set(excluded)))
-
-
-def plain(value):
-    """Numbers as JSON knows them: whole ones as integers, None for NaN and infinity."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, list):
-        return [plain(item) for item in value]
-    if isinstance(value, float):
-        return None if not math.isfinite(value) else int(value) if value.is_integer() else value
-    return value
-
-
-# ---------------------------------------------------------------- a page that reports runs
-
-REPORT = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>madsim: {name}</title>
-<style>
-  body {{ margin: 0 auto; padding: 1rem; max-width: 70rem; font: 1rem/1.4 system-ui, sans-serif; color: #111; }}
-  table {{ border-collapse: collapse; display: block; overflow-x: auto; }}
-  th, td {{ border-bottom: 1px solid #ccc; padding: 0.2rem 0.7rem; text-align: left; vertical-align: top; }}
-  img {{ max-width: 100%; }} pre {{ overflow-x: auto; }} h2 {{ margin: 1.5rem 0 0.3rem; }}
-</style></head><body>
-<h1>madsim: {name}</h1>
-<h2>Runs</h2>
-{table}
-<h2>Figures</h2>
-{figures}
-<h2>Settings</h2>
-{settings}
-</body></html>
-"""
-
-
-def report(runs: Sequence[Run], pictures: Sequence[Path], folder: Path) -> str:
-    """One HTML page, whole in itself, of the runs at or below `folder`: their table, the pictures (PNG files), and all
-    settings."""
-
-    def image(path: Path) -> str:
-        content = base64.b64encode(path.read_bytes()).decode()
-        return f'<img alt="{html.escape(path.stem)}" src="data:image/png;base64,{content}">'
-
-    def settings(run: Run) -> str:
-        name, every = str(run.folder.relative_to(folder)), json.dumps(run.config, indent=2)
-        return f"<details><summary>{html.escape(name)}</summary><pre>{html.escape(every)}</pre></details>"
-
-    return REPORT.format(
-        name=html.escape(folder.resolve().name),
-        table=runs_table(runs, folder),
-        figures="\n".join(map(image, pictures)),
-        settings="\n".join(map(settings, runs)),
-    )
-
-
-def runs_table(runs: Sequence[Run], folder: Path) -> str:
-    """The runs as an HTML table: what was done, who was excluded when, and what came of it in the last ten rounds."""
-    import pandas as pd
-
-    rows = []
-    for run in sorted(runs, key=lambda run: (run.folder.parent, by_start(run))):
-        last = run.rounds[list(CURVES)].tail(10).mean()
-        rows.append(
-            {
-                "run": str(run.folder.relative_to(folder)), "data": run.data, "strategy": strategy(run),
-                "rounds": run.length.removesuffix(" rounds"), "seed": run.config.get("seed"), "attack": attack_of(run),
-                "excluded": exclusions(run),
-            } | {f"{name.replace('_', ' ')}, last 10 rounds": value for name, value in last.items()}
-        )  # fmt: skip
-    return pd.DataFrame(rows).to_html(index=False, border=0, float_format="{:.3f}".format, na_rep="")
-
-
-def attack_of(run: Run) -> str:
-    """'label_flip, 0.2 of the clients', or 'none'."""
-    return f"{run.config.get('attack')}, {run.config.get('malicious')} of the clients" if run.attacked else "none"
-
-
-def exclusions(run: Run) -> str:
-    """'attacker 2, 8 in round 5; honest 3 in round 7', or 'nobody'."""
-    out = run.clients[run.clients["active"] == 0].sort_values("round").drop_duplicates("client")
-    groups = out.sort_values("client").groupby(["round", "malicious"])["client"]
-    kinds = {0: "honest", 1: "attacker"}
-    texts = [f"{kinds.get(bad)} {', '.join(map(str, who))} in round {t}" for (t, bad), who in groups]
-    return "; ".join(texts) or "nobody"
-
-
 # ---------------------------------------------------------------- the command line
 
 
@@ -811,13 +454,13 @@ def main(argv: list[str] | None = None) -> int:
         with matplotlib.rc_context({"text.parse_math": False}):  # a $ in a folder's name is just that
             runs = load_runs(args.folder)
             if args.play:
-                return write_players(runs, out)
+                return pages.write_players(runs, out)
             for name, figure in figures(runs, args.folder):
                 pictures.append(save(figure, out / name))
                 print(pictures[-1])
             if args.report and runs:
                 out.mkdir(parents=True, exist_ok=True)
-                (out / "report.html").write_text(report(runs, pictures, args.folder), encoding="utf-8")
+                (out / "report.html").write_text(pages.report(runs, pictures, args.folder), encoding="utf-8")
                 print(out / "report.html")
     except OSError as error:
         print(f"plot: {error}", file=sys.stderr)
@@ -826,42 +469,6 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     print(f"{len(pictures)} figure{'s' * (len(pictures) != 1)}, each as PNG and SVG")
     return 0 if pictures else 2
-
-
-def write_players(runs: list[Run], out: Path) -> int:
-    """A page for each run that can be played; the exit status."""
-    count = 0
-    for run in runs:
-        try:
-            page = play(run)
-        except ValueError as error:
-            print(f"{run.folder}: not played, {error}", file=sys.stderr)
-            continue
-        out.mkdir(parents=True, exist_ok=True)
-        path = out / f"play-{run.name}.html"
-        path.write_text(page, encoding="utf-8")
-        print(path)
-        count += 1
-    return 0 if count else 2
-
-
-def load_runs(folder: Path) -> list[Run]:
-    """The runs at or below `folder`, with a line on standard error for what can't be drawn of each."""
-    runs, found = [], find_runs(folder)
-    for path in sorted({path.parent for path in folder.rglob("config.json")} - set(found)):
-        print(f"{path}: not drawn, it holds no rounds.csv", file=sys.stderr)
-    for path in found:
-        try:
-            run = load_run(path)
-        except (ValueError, OSError) as error:
-            print(f"{path}: not drawn, {error}", file=sys.stderr)
-            continue
-        runs.append(run)
-        if lacking := shortcomings(run):
-            print(f"{path}: {lacking}", file=sys.stderr)
-    if not any(run.samples for run in runs):
-        print(f"{folder}: no run has a readable samples.npz, so fig2 is not drawn", file=sys.stderr)
-    return runs
 
 
 if __name__ == "__main__":

@@ -242,28 +242,6 @@ def normalised_distance(W: Array, spread: float, settings: Settings) -> tuple[Ar
     return distance, d, spread
 
 
-def plane(W: Array, spread: float, settings: Settings, before: Array | None = None) -> Array:
-    """The rows of W [n, P] as points [n, 2] to look at: in the plane of their two principal components, where they lie
-    farthest apart, with the main cluster's centre at (0, 0). Lengths are in units of the weights.
-
-    `before` [n, 2] (NaN: unknown) are the points of the round before, towards which these are turned, so that what
-    stays in its place is seen to (Schoenemann 1966).
-    """
-    from scipy.linalg import orthogonal_procrustes
-
-    squared = squared_distances(W)
-    main = main_cluster(W, squared, spread, settings)[1]
-    centring = np.eye(len(W)) - 1 / len(W)
-    lengths, axes = np.linalg.eigh(-centring @ squared @ centring / 2)  # classical scaling (Torgerson 1952)
-    points = np.zeros((len(W), 2))
-    points[:, : len(W)] = (axes * np.sqrt(np.maximum(lengths, 0)))[:, :-3:-1]
-    points -= points[main].mean(0)
-    known = np.zeros(len(W), bool) if before is None else np.isfinite(before).all(1)
-    if known.any():
-        points = points @ orthogonal_procrustes(points[known], before[known])[0]
-    return points
-
-
 # ---------------------------------------------------------------- equations (1)-(7)
 
 

@@ -33,7 +33,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import model
-from madsim import Config, gather, simulate, simulate_all
+from bench.record import Log
+from bench.several import simulate_all
+from madsim import Config, gather, simulate
 from model import Clients
 
 MATRIX = 2048  # rows and columns of the product whose rate is the machine's
@@ -42,7 +44,7 @@ PARTS = {  # what a round consists of, and the functions that do it
     "evaluation": [(Clients, "evaluate")],
     "scoring": [(madsim, "mad_step")],
     "averaging": [(madsim, "aggregate")],
-    "writing": [(madsim.Log, "__call__")],
+    "writing": [(Log, "__call__")],
 }
 CLIENTS, IMAGES = (10, 100, 1000), (1, 2, 4)  # of --scale: clients, and how often the training images are repeated
 CELL_ROUNDS, MANY_ROUNDS = 10, 300  # of --scale: rounds of a cell, and of the one that shows memory over rounds
@@ -211,7 +213,7 @@ def bench_jobs(turns: int) -> None:
     def all_of(jobs: int, threads: int | None) -> float:
         with tempfile.TemporaryDirectory() as folder:
             runs = {Path(folder) / str(config.seed): replace(config, threads=threads) for config in several}
-            return timed(lambda: simulate_all(runs, dataset, jobs))
+            return timed(lambda: simulate_all(simulate, runs, dataset, jobs))
 
     simulate(Config(rounds=2), dataset=dataset)  # warm up
     heading(f"{JOBS_RUNS} runs of {JOBS_ROUNDS} rounds, start-up of the processes included")

@@ -4,8 +4,10 @@ Ten clients train an epoch with the plain PyTorch loop (`method="loop"`, one cli
 model on their own validation images; the server averages (FedAvg) and evaluates on the test set. MAD is left out.
 """
 
+import sys
 import time
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,6 +16,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # in Ray's processes too
 
 import data
 from madsim import Config, gather

@@ -1,6 +1,8 @@
 """What the tests share: the data sets, and a small federation that trains in a moment."""
 
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +10,8 @@ import pytest
 
 import data
 from madsim import main
+
+HERE = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +43,18 @@ def real_root() -> Path:
 @pytest.fixture(scope="session")
 def real(real_root) -> data.Dataset:
     return data.load("pneumoniamnist", real_root)
+
+
+@pytest.fixture
+def quick(small, monkeypatch):
+    """The phantom is the small one, so that a round takes a moment."""
+    monkeypatch.setattr(data, "phantom", lambda seed=0, note="": replace(small, note=note))
+
+
+def command(*arguments: str | Path, **options) -> subprocess.Popen:
+    """`python madsim.py ARGUMENTS` in a process of its own."""
+    words = [sys.executable, HERE / "madsim.py", *arguments]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
 def refusal(capsys, *arguments: str | Path) -> str:

@@ -1,17 +1,13 @@
 """bench/bench.py: that it measures what it says; the numbers themselves are the machine's."""
 
 import json
-import sys
 from collections import defaultdict
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
-
-import bench
+from bench import bench
 from madsim import Config, gather
 
 

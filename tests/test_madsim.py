@@ -1,6 +1,5 @@
 """madsim.py: whole runs, what they leave behind, the command line and its refusals."""
 
-import csv
 import json
 import os
 import re
@@ -9,40 +8,19 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import refusal
+from conftest import HERE, command, refusal
 
 import data
 import madsim
 import model
-from madsim import Config, jump, main, over_seeds, run_name, simulate, summarise
+from bench.experiments import EXPERIMENTS
+from bench.terminal import minutes
+from madsim import Config, main, run_name, simulate
 from trust import PRESETS, RULES
-
-HERE = Path(__file__).resolve().parents[1]
-
-ROUNDS_CSV = (
-    "round,loss,accuracy,honest_loss,honest_accuracy,"
-    "test_loss,test_accuracy,test_sensitivity,test_specificity,test_auc,active"
-)
-CLIENTS_CSV = "round,client,malicious,active,distance,d,reputation,trust,train_loss,loss,accuracy"
-
-
-@pytest.fixture
-def quick(small, monkeypatch):
-    """The phantom is the small one, so that a round takes a moment."""
-    monkeypatch.setattr(data, "phantom", lambda seed=0, note="": replace(small, note=note))
-
-
-def command(*arguments: str | Path, **options) -> subprocess.Popen:
-    """`python madsim.py ARGUMENTS` in a process of its own."""
-    words = [sys.executable, HERE / "madsim.py", *arguments]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
-
 
 # ---------------------------------------------------------------- the paper's story
 
@@ -141,112 +119,9 @@ def test_a_client_that_submits_nan_is_out_at_once_and_named(small, tmp_path, qui
     assert rounds.notna().all(axis=None)  # it reached neither the scores nor the average
 
 
-# ---------------------------------------------------------------- results
-
-
-def test_a_runs_folder(small, tmp_path):
-    folder = tmp_path / "a" / "run"
-    run = simulate(Config(rounds=3, mad_start=2, clients=5), folder, dataset=small)
-    assert {path.name for path in folder.iterdir()} == {
-        "config.json", "rounds.csv", "clients.csv", "plane.csv", "summary.json", "samples.npz", "checkpoint.npz",
-    }  # fmt: skip
-    texts = {name: (folder / f"{name}.csv").read_text() for name in ("rounds", "clients")}
-    assert texts["rounds"].splitlines()[0] == ROUNDS_CSV
-    assert texts["clients"].splitlines()[0] == CLIENTS_CSV
-    for name, text in texts.items():
-        assert "nan" not in text  # an absent value is an empty field
-        pd.testing.assert_frame_equal(pd.read_csv(folder / f"{name}.csv"), getattr(run, name), check_dtype=False)
-    assert len(run.rounds) == 3 and len(run.clients) == 15
-    assert run.clients.active.isin([0, 1]).all() and run.clients.malicious.isin([0, 1]).all()
-    assert json.loads((folder / "summary.json").read_text())["complete"] is True
-    with np.load(folder / "samples.npz", allow_pickle=False) as samples:
-        assert samples["labels"].tolist() == [0, 0, 1, 1] and samples["images"].shape == (4, 28, 28)
-
-
-def test_config_json_holds_what_is_needed_to_run_it_again(small, tmp_path):
-    config = Config(rounds=1, lr=0.002, clients=4, threads=1)
-    simulate(config, tmp_path / "run", dataset=replace(small, note="no network"))
-    written = json.loads((tmp_path / "run" / "config.json").read_text())
-    fields = {name: written[name] for name in Config.__dataclass_fields__}
-    fields["settings"] = type(config.settings)(**fields["settings"])
-    assert Config(**fields) == config
-    assert written["data"] == {"name": "phantom", "md5": small.md5, "note": "no network"}
-    assert written["machine"] == {"device": "cpu", "threads": 1}
-    assert set(written["versions"]) >= {"python", "numpy", "torch", "scikit-learn"}
-    assert set(written["git"]) == {"commit", "dirty"}
-    assert written["command"]
-
-
-def test_the_rounds_are_the_means_of_the_clients(small):
-    run = simulate(Config(rounds=4, mad_start=2), dataset=small)
-    for row in run.rounds.itertuples():
-        clients = run.clients[run.clients["round"] == row.round]
-        for column, who in (("", clients.active == 1), ("honest_", clients.malicious == 0)):
-            assert getattr(row, f"{column}loss") == pytest.approx(clients.loss[who].mean(), rel=1e-5)
-            assert getattr(row, f"{column}accuracy") == pytest.approx(clients.accuracy[who].mean(), rel=1e-5)
-        assert row.active == clients.active.sum()
-    gone = run.clients[run.clients.groupby("client").active.shift() == 0]
-    assert gone[["distance", "train_loss"]].isna().all(axis=None)
-    assert run.clients[["loss", "accuracy"]].notna().all(axis=None)  # every client is evaluated, the excluded too
-
-
-def test_one_seed_gives_the_same_bytes_and_another_does_not(small, tmp_path):
-    for name, seed in (("one", 0), ("again", 0), ("other", 1)):
-        simulate(Config(rounds=3, mad_start=2, seed=seed), tmp_path / name, dataset=small)
-    for file in ("rounds.csv", "clients.csv"):
-        one, again, other = ((tmp_path / name / file).read_bytes() for name in ("one", "again", "other"))
-        assert one == again != other
-
-
 def test_a_loop_gives_what_stacked_training_gives(small):
     stacked, loop = (simulate(Config(rounds=2, method=method), dataset=small) for method in ("stacked", "loop"))
     pd.testing.assert_frame_equal(stacked.rounds, loop.rounds, rtol=1e-3)
-
-
-def story() -> pd.DataFrame:
-    """Three clients over three rounds: 1 (malicious) is excluded in round 2, 2 (honest) in round 3 for NaN."""
-    rows = [
-        # round, client, malicious, active, distance, loss, accuracy
-        (1, 0, 0, 1, 0.1, 0.5, 0.8), (1, 1, 1, 1, 0.9, 2.0, 0.2), (1, 2, 0, 1, 0.1, 0.7, 0.7),
-        (2, 0, 0, 1, 0.1, 0.4, 0.9), (2, 1, 1, 0, 0.9, 2.5, 0.1), (2, 2, 0, 1, 0.1, 0.4, 0.8),
-        (3, 0, 0, 1, 0.1, 0.3, 0.9), (3, 1, 1, 0, np.nan, 3.0, 0.1), (3, 2, 0, 0, np.nan, 0.3, 0.9),
-    ]  # fmt: skip
-    return pd.DataFrame(rows, columns=["round", "client", "malicious", "active", "distance", "loss", "accuracy"])
-
-
-def test_a_summary_by_hand():
-    rounds = pd.DataFrame({"round": [1, 2, 3], "loss": [1.0, 0.4, 0.3], "test_auc": [0.5, 0.6, 0.7]})
-    summary = summarise(rounds, story(), mad_start=1)
-    assert summary["excluded"] == {1: 2, 2: 3}
-    assert (summary["malicious"], summary["nonfinite"]) == ([1], [2])
-    assert (summary["true_exclusions"], summary["false_exclusions"]) == (1, 1)
-    assert (summary["precision"], summary["recall"], summary["rounds_to_detection"]) == (0.5, 1.0, 1)
-    assert summary["last_50"] == {"loss": 0.566667, "test_auc": 0.6}
-    assert [j["round"] for j in summary["jumps"]] == [2, 3]
-
-
-def test_a_jump_by_hand():
-    # round 1: mean loss of all 3.2 / 3, of those who stay 0.6; round 2, of those who stay: 0.4
-    change = jump(story(), 2)
-    assert change["clients"] == [1]
-    assert change["loss"] == pytest.approx(
-        {"total": 0.4 - 3.2 / 3, "composition": 0.6 - 3.2 / 3, "model": -0.2}, abs=1e-6
-    )
-    assert change["accuracy"] == pytest.approx(
-        {"total": 0.85 - 1.7 / 3, "composition": 0.75 - 1.7 / 3, "model": 0.1}, abs=1e-6
-    )
-
-
-def test_summaries_never_hold_what_json_does_not_know():
-    summary = {"a": [float("nan"), 1.5, {"b": np.float64("inf")}], "c": "nan"}
-    assert madsim.without_nan(summary) == {"a": [None, 1.5, {"b": None}], "c": "nan"}
-
-
-def test_detection_of_nothing_is_not_a_number_but_null():
-    clients = story().assign(active=1)
-    summary = summarise(pd.DataFrame({"round": [1]}), clients, mad_start=1)
-    assert summary["precision"] is None and summary["recall"] == 0 and summary["rounds_to_detection"] is None
-    assert summarise(pd.DataFrame({"round": [1]}), clients.assign(malicious=0), mad_start=1)["recall"] is None
 
 
 # ---------------------------------------------------------------- several runs
@@ -269,258 +144,6 @@ def test_several_mad_starts_and_seeds_make_several_runs(quick, tmp_path, capsys)
     threads = {json.loads((tmp_path / n / "config.json").read_text())["machine"]["threads"] for n in names}
     assert threads == {max(1, os.cpu_count() // 2)}  # the processes share the cores
     assert "6 runs, 18 rounds in all" in capsys.readouterr().out
-
-
-# ---------------------------------------------------------------- where the models lie
-
-
-def test_where_the_models_lie_is_written_of_up_to_fifty_clients(small, tmp_path):
-    result = simulate(Config(rounds=4, mad_start=3), tmp_path / "run", dataset=small)
-    points = pd.read_csv(tmp_path / "run" / "plane.csv")
-    assert points.columns.tolist() == ["round", "client", "x", "y"] and len(points) == 40
-    absent = points[points.x.isna()]
-    assert absent.client.tolist() == result.summary["malicious"]  # in the round after they were excluded
-    # No point lies farther from the centre than its model, of which it is the projection.
-    assert (np.hypot(points.x, points.y) <= result.clients.distance * 1.001).dropna()[points.x.notna()].all()
-    simulate(Config(rounds=1, clients=51), tmp_path / "many", dataset=small)
-    assert not (tmp_path / "many" / "plane.csv").exists()
-
-
-# ---------------------------------------------------------------- membership inference
-
-
-def test_membership_is_measured_of_the_model_that_clients_received(small, tmp_path):
-    """In round 4 that is the model of round 3."""
-    config = Config(rounds=5, membership=2, mad_start=1)
-    result = simulate(config, tmp_path / "run", dataset=small)
-    table = pd.read_csv(tmp_path / "run" / "membership.csv")
-    assert table.columns.tolist() == madsim.MEMBERSHIP_COLUMNS == result.membership.columns.tolist()
-    assert table["round"].tolist() == [2, 4] and np.allclose(table, result.membership)
-    earlier = simulate(replace(config, rounds=3, membership=None), dataset=small)
-    assert earlier.membership is None and earlier.summary["membership"] is None
-    measured = madsim.gather(config, small).membership(earlier.weights, 4)
-    assert table.iloc[1, 1:].to_dict() == pytest.approx(measured, rel=1e-5)
-
-
-def test_measuring_membership_changes_nothing_else(small):
-    one, other = (simulate(Config(rounds=3, membership=m), dataset=small) for m in (1, None))
-    assert one.rounds.equals(other.rounds) and one.clients.equals(other.clients)
-
-
-def test_what_an_excluded_attacker_holds_by_hand():
-    """Client 1 was trained last in round 2, so it holds what was measured then; client 0 goes on."""
-    trained = [(1, 0, 0.5), (1, 1, 0.5), (2, 0, 0.4), (2, 1, 0.4), (3, 0, 0.3), (3, 1, np.nan)]
-    clients = pd.DataFrame(trained, columns=["round", "client", "train_loss"])
-    membership = pd.DataFrame({"round": [2, 3], "test_advantage": [0.1, 0.2]})
-    assert madsim.held(membership, clients, 1) == {"round": 2, "test_advantage": 0.1}
-    assert madsim.held(membership, clients, 0) == {"round": 3, "test_advantage": 0.2}
-    assert madsim.held(membership.tail(1), clients, 1) is None  # measured too late
-
-
-# ---------------------------------------------------------------- experiments
-
-
-def cells(name: str, **given) -> dict[tuple[str, str], Config]:
-    return madsim.EXPERIMENTS[name].cells(given)
-
-
-def test_experiments_are_the_papers():
-    fig3a = [*cells("fig3a").values()]
-    assert [(c.rounds, c.mad_start, c.malicious) for c in fig3a] == [
-        *((100, start, 0.2) for start in (5, 20, 40, 60, 80, None)), (100, None, 0.0),
-    ]  # fmt: skip
-    assert [(c.rounds, c.mad_start) for c in cells("fig3c").values()] == [(1000, 10), (1000, 500)]
-    assert [c.mad_start for c in cells("fig3a", rounds=20).values()][:6] == [1, 4, 8, 12, 16, None]
-
-
-@pytest.mark.parametrize("name", madsim.EXPERIMENTS)
-def test_every_cell_is_a_run_of_its_own(name):
-    grid = cells(name)
-    rows, columns = madsim.EXPERIMENTS[name].rows, madsim.EXPERIMENTS[name].columns
-    assert len({run_name(config) for config in grid.values()}) == len(grid) == len(rows) * len(columns)
-
-
-def test_cells_are_what_their_names_say():
-    readings, defences, attacks = cells("readings"), cells("defences"), cells("attacks", rounds=30)
-    assert readings["preset testbed", "20%, MAD from 5"].settings == PRESETS["testbed"]
-    assert readings["preset paper", "40%, MAD from 40"] == Config(rounds=60, mad_start=40, malicious=0.4)
-    assert readings["silhouette alone", "0%, MAD from 5"].settings == replace(PRESETS["paper"], outlying=0.0)
-    assert {name for name, _ in defences} == {"mean, never", "mean, MAD from 5"} | RULES.keys() - {"mean"}
-    assert defences["krum", "alie"] == Config(rounds=40, rule="krum", attack="alie")
-    assert defences["mean, MAD from 5", "no attack"] == Config(rounds=40, mad_start=5, malicious=0.0)
-    known = data.ATTACKS.keys() | model.ATTACKS.keys() | model.OMNISCIENT.keys()
-    assert {c.attack for c in attacks.values()} == known - {"nan"} == {c.attack for c in defences.values()}
-    late, on_off = (
-        attacks["label_flip from round 30", "never"],
-        attacks["label_flip, 5 rounds on, 5 off", "MAD from 10"],
-    )
-    assert late.attack_start == 15  # half the rounds, so half the round
-    assert (on_off.attack_period, on_off.mad_start) == (2, 5)
-    noniid = cells("noniid")
-    assert noniid["dirichlet, alpha 0.5", "label_flip, never"] == Config(rounds=60, partition="dirichlet")
-    assert cells("membership")["never", ""] == Config(rounds=600, membership=10)
-
-
-def test_the_options_given_hold_in_every_cell():
-    for config in cells("readings", threshold=0.3, clients=20).values():
-        assert (config.settings.threshold, config.clients) == (0.3, 20)
-
-
-def table(*losses: float, **columns) -> pd.DataFrame:
-    """What `tidy` makes of runs of one cell with these losses."""
-    rows = [{"row": "a", "column": "b", "complete": True, "loss": loss, "precision": None} for loss in losses]
-    return pd.DataFrame(rows).assign(**columns)
-
-
-def test_seeds_are_summed_up_by_hand(capsys):
-    """Losses 0.5 and 0.7: mean 0.6, sample deviation 0.1 * sqrt 2. What was cut short is left out."""
-    runs = table(0.5, 0.7, 9.0, complete=[True, True, False], true_exclusions=[2, 1, 0], last=40)
-    (texts,) = over_seeds(runs).to_dict("records")
-    assert texts == {"seeds": 2, "loss": "0.600 ± 0.141", "precision": "", "attackers out": "1.5 ± 0.7"}
-    assert over_seeds(table(0.5)).loss.tolist() == ["0.500"]  # of one seed no deviation
-    missed = pd.Series([3.0, 4.0, np.nan])
-    assert [madsim.in_words(missed[start:], 1) for start in (0, 1, 2)] == ["3.5 ± 0.7 (of 2)", "4.0 (of 1)", ""]
-    madsim.report_seeds(runs)
-    assert capsys.readouterr().out.splitlines() == [
-        "",
-        "Last 10 rounds: mean ± standard deviation over seeds",
-        "a, 2 seeds",
-        "             attackers out         1.5 ± 0.7",
-        "             loss                  0.600 ± 0.141",
-    ]
-
-
-def test_a_table_in_markdown_by_hand():
-    assert madsim.markdown(over_seeds(table(0.5)).drop(columns="precision"), "# T").splitlines() == [
-        "# T", "", "| row | column | seeds | loss |", "| --- | --- | --- | --- |", "| a | b | 1 | 0.500 |",
-    ]  # fmt: skip
-    single = over_seeds(table(0.5, column="")).drop(columns="precision")
-    assert madsim.markdown(single, "").splitlines()[2:] == [
-        "| row | seeds | loss |", "| --- | --- | --- |", "| a | 1 | 0.500 |",
-    ]  # fmt: skip
-
-
-@pytest.fixture
-def grid(monkeypatch):
-    """The words for an experiment of three runs of 4 rounds, "grid"."""
-    columns = {"none": {"malicious": 0.0}, "two": {"malicious": 0.25}}
-    experiment = madsim.Experiment("two by one", 4, madsim.mad_from(2), columns)
-    monkeypatch.setitem(madsim.EXPERIMENTS, "grid", experiment)
-    return ["--experiment", "grid", "--clients", "4", "--dataset", "phantom", "--jobs", "1", "--seeds", "2"]
-
-
-def test_an_experiment_writes_its_tables(quick, grid, tmp_path, capsys):
-    assert main([*grid, "--out", str(tmp_path)]) == 0
-    out = capsys.readouterr().out
-    assert "4 runs, 16 rounds in all" in out and f"python plot.py {tmp_path / 'grid'}" in out
-    runs = pd.read_csv(tmp_path / "grid" / "table.csv")
-    assert runs[["row", "column", "seed"]].values.tolist() == [
-        ["MAD from 2", column, seed] for column in ("none", "two") for seed in (0, 1)
-    ]
-    for _, run in runs.iterrows():
-        config = Config(rounds=4, mad_start=2, clients=4, malicious=run.malicious, dataset="phantom", seed=run.seed)
-        folder = tmp_path / "grid" / run_name(config)
-        rounds, summary = pd.read_csv(folder / "rounds.csv"), json.loads((folder / "summary.json").read_text())
-        assert run.honest_accuracy == pytest.approx(rounds.honest_accuracy.mean(), rel=1e-5)
-        assert run.fluctuation == pytest.approx(rounds.honest_accuracy.diff().std(), rel=1e-5)
-        if summary["jumps"]:
-            assert run.jump_loss_model == summary["jumps"][0]["loss"]["model"]
-            assert run.jump_accuracy == summary["jumps"][0]["accuracy"]["total"]
-        assert run.attackers == (run.column == "two") and run.complete and run["last"] == 4
-        assert run.true_exclusions == summary["true_exclusions"] and run.data == "phantom"
-    text = (tmp_path / "grid" / "table.md").read_text()
-    assert text.startswith(
-        "# grid: two by one\n\n`python madsim.py --experiment grid --clients 4 --dataset phantom --seeds 2`;"
-    )
-    assert "seeds 0, 1; commit " in text and "over the last 4 rounds" in text
-    assert text.count("| MAD from 2 |") == 2
-    resumed = next(path for path in (tmp_path / "grid").glob("*s1/config.json"))
-    about = json.loads(resumed.read_text())
-    resumed.write_text(json.dumps(about | {"resumed": [{"git": {"commit": "abc", "dirty": True}}]}))
-    assert main([*grid[:-1], "1", "--out", str(tmp_path)]) == 0  # the other seed's runs stay in the table
-    runs = pd.read_csv(tmp_path / "grid" / "table.csv")
-    assert len(runs) == 4 and runs["dirty"].sum() >= 1 and sum(", abc" in commit for commit in runs["commit"]) == 1
-
-
-CLUSTER = """
-import sys
-from distributed import LocalCluster
-with LocalCluster(n_workers=2, threads_per_worker=int(sys.argv[1]), dashboard_address=None) as cluster:
-    print(cluster.scheduler_address, flush=True)
-    sys.stdin.read()
-"""
-
-
-@pytest.fixture
-def cluster(request):
-    """The address of a Dask scheduler with two worker processes, of so many threads each, that know our modules."""
-    words = [sys.executable, "-c", CLUSTER, str(request.param)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(words, env=os.environ | {"PYTHONPATH": str(HERE)}, **pipes)
-    yield process.stdout.readline().strip()
-    process.communicate("")
-    assert process.returncode == 0
-
-
-@pytest.mark.cluster
-@pytest.mark.parametrize("cluster", [1], indirect=True)
-def test_a_cluster_gives_the_same_bytes_as_this_machine(cluster, tmp_path):
-    words = "--experiment fig3c --rounds 3 --seeds 2 --clients 4 --malicious 0.25 --dataset phantom"
-    words = words.split()
-    for place, how in (("loky", ["--jobs", "2"]), ("dask", ["--backend", "dask", "--scheduler", cluster])):
-        process = command(*words, *how, "--out", tmp_path / place)
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
-        assert "4 runs, 12 rounds in all" in out
-    tables = [path.relative_to(tmp_path / "loky") for path in (tmp_path / "loky").rglob("*.csv")]
-    assert len(tables) == 4 * 3 + 1
-    for table in tables:
-        assert (tmp_path / "loky" / table).read_bytes() == (tmp_path / "dask" / table).read_bytes()
-    about = json.loads(next((tmp_path / "dask").rglob("config.json")).read_text())
-    assert about["command"][:-1] == ["madsim.py", *words, *how, "--out"]  # not the worker's own
-
-
-@pytest.mark.cluster
-@pytest.mark.parametrize("cluster", [2], indirect=True)
-def test_workers_with_several_threads_are_refused(cluster, tmp_path, capsys):
-    """PyTorch's threads and random state are a process's, not a thread's."""
-    words = ["--rounds", "2", "--dataset", "phantom", "--backend", "dask", "--scheduler", cluster, "--out", tmp_path]
-    assert "have several threads; start them with --nthreads 1" in refusal(capsys, *words)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_cluster_that_can_not_be_had_is_one_line(tmp_path, capsys, monkeypatch):
-    words = ["--rounds", "2", "--dataset", "phantom", "--out", tmp_path]
-    assert "--scheduler goes with --backend dask" in refusal(capsys, *words, "--scheduler", "tcp://localhost:1")
-    assert "--backend dask needs --scheduler ADDRESS" in refusal(capsys, *words, "--backend", "dask")
-    monkeypatch.setitem(sys.modules, "distributed", None)
-    words += ["--backend", "dask", "--scheduler", "tcp://localhost:1"]
-    assert "pip install distributed" in refusal(capsys, *words)
-
-
-@pytest.mark.cluster
-def test_a_scheduler_that_does_not_answer_is_one_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(madsim, "CONNECT_SECONDS", 0.5)
-    words = ["--rounds", "2", "--dataset", "phantom", "--out", tmp_path, "--backend", "dask"]
-    assert "tcp://127.0.0.1:1" in refusal(capsys, *words, "--scheduler", "tcp://127.0.0.1:1")
-
-
-def test_an_experiment_sets_its_own_options(capsys, tmp_path):
-    text = refusal(capsys, "--experiment", "attacks", "--flip", "0.5", "--mad-start", "3", "--out", tmp_path / "out")
-    assert text == "madsim: experiment attacks sets --flip, --mad-start itself; leave that out\n"
-
-
-def test_what_an_experiment_asks_for_twice_is_run_once():
-    """In 20 rounds MAD from 2 and from 10 of 1000 are both MAD from 1."""
-    assert len(madsim.plan({"experiment": "fig3c", "rounds": 20})) == 2
-    assert len(madsim.plan({"experiment": "fig3c", "rounds": 1})) == 1
-
-
-def test_each_experiment_has_a_folder_of_its_own(tmp_path):
-    args = madsim.make_parser().parse_args(["--experiment", "paper", "--out", str(tmp_path)])
-    folders = [*madsim.plan(vars(args))]
-    assert [f.parent.name for f in folders] == ["fig3a"] * 7 + ["fig3c"] * 2
-    assert len(set(folders)) == 9
 
 
 # ---------------------------------------------------------------- the command line
@@ -665,7 +288,7 @@ def test_ctrl_c_ends_several_runs_in_one_line(tmp_path):
 def test_the_list_names_everything_with_a_line(capsys):
     assert main(["--list"]) == 0
     out = capsys.readouterr().out
-    known = {*data.ATTACKS, *model.ATTACKS, *model.OMNISCIENT, *RULES, *PRESETS, *madsim.EXPERIMENTS}
+    known = {*data.ATTACKS, *model.ATTACKS, *model.OMNISCIENT, *RULES, *PRESETS, *EXPERIMENTS}
     for name in known:
         assert re.search(rf"^  {name} +\S.{{8}}", out, re.MULTILINE), name
     assert len(out.splitlines()) == len(known) + 5 and max(map(len, out.splitlines())) <= 80  # 4 kinds, and `paper`
@@ -695,7 +318,7 @@ def test_output_that_is_no_terminal_is_plain(tmp_path):
     ("seconds", "words"), [(2, "10 seconds"), (44, "40 seconds"), (60, "1 minute"), (200, "3 minutes")]
 )
 def test_times_are_said_roughly(seconds, words):
-    assert madsim.minutes(seconds) == words
+    assert minutes(seconds) == words
 
 
 def test_help_is_quick_and_says_where_defaults_come_from():
@@ -721,17 +344,3 @@ def test_the_leaves_import_nothing_of_ours():
             [sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True
         ).stdout
         assert ours & set(loaded.split()) == {leaf}
-
-
-def test_rows_are_written_as_the_run_goes(small, tmp_path, monkeypatch):
-    seen = []
-    evaluate = model.Clients.evaluate
-
-    def count(self, w, t):
-        with open(tmp_path / "run" / "rounds.csv") as file:
-            seen.append(len(list(csv.reader(file))) - 1)
-        return evaluate(self, w, t)
-
-    monkeypatch.setattr(model.Clients, "evaluate", count)
-    simulate(Config(rounds=4), tmp_path / "run", dataset=small)
-    assert seen == [0, 1, 2, 3]

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import grad, vmap
 
-import data
 import model
 from model import METHODS, Network, convolve_pool, evaluate, fast_convolve_pool, initial_weights
 
@@ -363,56 +362,6 @@ def test_hug_by_hand():
 def test_hug_with_nobody_left_to_hide_from_submits_what_it_trained():
     W = torch.tensor([[1.0, 2.0]])
     assert model.hug(W, W[:0], W[0], None).equal(W)
-
-
-# ---------------------------------------------------------------- membership inference
-
-
-@pytest.mark.parametrize(
-    ("members", "others", "advantage"),
-    [
-        ([1, 2], [3, 4], 1.0),  # a threshold of 2 tells all
-        ([1, 2, 3, 4], [1, 2, 3, 4], 0.0),
-        ([1, 2, 5, 6], [3, 4, 5, 6], 0.5),  # at 2: half of the members, none of the others
-        ([3, 4], [1, 2], 0.0),  # the attack calls the lower losses members'; it can't do worse than not at all
-        ([1, 1, 2], [1, 2, 2, 2], 2 / 3 - 1 / 4),  # ties fall together
-    ],
-)
-def test_membership_advantage_by_hand(members, others, advantage):
-    assert model.membership_advantage(np.array(members), np.array(others)) == pytest.approx(advantage)
-
-
-def test_chance_alone_gives_the_advantage_that_is_said():
-    """The mean of 2000 draws of 300 members and 200 others of one kind; Smirnov's limit is a little above it."""
-    rng = np.random.default_rng(0)
-    found = np.mean([model.membership_advantage(rng.random(300), rng.random(200)) for _ in range(2000)])
-    assert model.chance_advantage(300, 200) == pytest.approx(math.sqrt(math.pi / 8 / 120), rel=1e-9)
-    assert 0.9 < found / model.chance_advantage(300, 200) < 1.0
-
-
-def test_membership_is_told_of_a_model_that_remembers_and_of_no_other(phantom):
-    """Two honest clients of 40 images: after 150 epochs at a high rate their own are known by heart."""
-    rng = np.random.default_rng(0)
-    numbers = rng.permutation(len(phantom.train_labels))
-    shares = [data.Share(numbers[a : a + 40], numbers[a + 1000 : a + 1500], a == 80) for a in (0, 40, 80)]
-    noise = rng.integers(0, 2, len(phantom.train_labels))  # labels that can only be known by heart
-    clients = model.Clients(
-        (phantom.train_images, noise, noise), (phantom.test_images, phantom.test_labels), shares,
-        seed=0, attack=("label_flip", 1, None), device="cpu", threads=None,
-        epochs=150, batch_size=20, lr=2e-3, dropout=NO_DROPOUT,
-    )  # fmt: skip
-    w = initial_weights(0).numpy()
-    before = clients.membership(w, 1)
-    W, _ = clients.train(w, np.array([True, True, False]), 1)
-    after = clients.membership(W[0].numpy(), 1)  # of 80 training images it has seen 40
-    assert before["validation_advantage"] < 3 * before["validation_chance"]
-    assert after["validation_advantage"] > 0.3 > 3 * after["validation_chance"]
-    assert after["validation_chance"] == model.chance_advantage(80, 1000)  # the attacker's images do not count
-    assert after["test_chance"] == model.chance_advantage(80, len(phantom.test_labels))
-    assert after == clients.membership(W[0].numpy(), 1)  # whatever is drawn comes from seed and round
-    assert clients.examined[2] == [80, 1000, len(phantom.test_labels)]
-    # the bootstrap's error is near the binomial one of two shares (here about 0.05 and 0.016)
-    assert 0.02 < after["validation_error"] < 0.08
 
 
 def test_malicious_clients_attack_from_their_start_for_a_period_at_a_time():

@@ -1,11 +1,8 @@
 """plot.py on small results folders made here: what is drawn, how it is named, and what happens when files lack."""
 
 import csv
-import html
 import json
 import os
-import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +16,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 import plot
+from bench import results
 
 HERE = Path(plot.__file__).parent
 LOSS = [0.9, 0.7, 0.2, 0.1]
@@ -353,9 +351,6 @@ def test_a_damaged_summary_has_no_jump(tmp_path, content):
     assert plot.load_run(folder).jump is None
 
 
-# ---------------------------------------------------------------- files
-
-
 # ---------------------------------------------------------------- membership inference
 
 
@@ -466,149 +461,7 @@ def test_a_damaged_table_is_one_line(tmp_path, capsys, content):
     assert err.startswith(f"{tmp_path / 'table.csv'}: not drawn, ") and err.count("\n") == 1
 
 
-# ---------------------------------------------------------------- the page that plays a run
-
-
-def playable(folder, rows=CLIENT_ROWS, **options):
-    """A run whose models lie at (client, round / 10) around the centre; the attacker is gone in round 4."""
-    make_run(folder, client_rows=rows, **options)
-    places = [(row[0], row[1], *((row[1], row[0] / 10) if row[5] != "" else ("", ""))) for row in rows]
-    write_csv(folder / "plane.csv", ["round", "client", "x", "y"], places)
-    return folder
-
-
-def content(page: str) -> dict:
-    return json.loads(re.search(r'id="run">(.*?)</script>', page)[1])
-
-
-def test_what_a_page_plays_by_hand(tmp_path):
-    shown = content(plot.play(plot.load_run(playable(tmp_path / "a"))))
-    assert shown["rounds"] == [1, 2, 3, 4] and shown["malicious"] == [0, 0, 1] and shown["excluded"] == [None, None, 3]
-    assert (shown["start"], shown["threshold"]) == (3, 0.15)
-    assert shown["trust"] == [[95, 85, 55], [95, 85, 35], [95, 85, 12], [95, 85, None]]
-    assert shown["reputation"][3] == [90, 80, None]
-    assert shown["loss"] == LOSS and shown["honest_accuracy"] == HONEST_ACCURACY
-    x, y = np.array(shown["points"][1][2]) * shown["reach"][1] / 1000
-    assert (x, y) == (pytest.approx(2, rel=0.05), pytest.approx(0.2, rel=0.05))
-    assert shown["points"][3][2] == [None, None]
-    assert shown["title"] == "MAD from round 3: PneumoniaMNIST, 4 rounds, seed 0"
-
-
-def test_how_far_the_drawing_reaches_by_hand():
-    far = pandas.Series([1.6] * 20 + [0.03] * 20 + [0.0] * 20)
-    assert plot.reaches(far).round(9).tolist() == [2] * 25 + [0.05] * 20 + [1] * 15  # five rounds of both sides
-    assert plot.reaches(pandas.Series([1e-30])).tolist() == [pytest.approx(1e-30)]
-    assert plot.reaches(pandas.Series([5.0])).tolist() == [5]
-
-
-def test_a_long_run_is_thinned_but_for_its_exclusions():
-    rounds = list(range(1, 100_001))
-    shown = plot.frames(rounds, 10, pandas.Series([777, 777, 12_345]))
-    assert {1, 777, 12_345, 100_000} <= set(shown) and shown == sorted(set(shown))
-    assert 5000 < len(shown) < 10_000
-    assert plot.frames(rounds[:1000], 10, pandas.Series([500])) == rounds[:1000]
-
-
-def test_a_page_of_1000_rounds_is_below_3_mb(tmp_path):
-    rng = np.random.default_rng(0)
-    rows = [(t, c, int(c < 2), 1, *rng.random(2).round(6)) for t in range(1, 1001) for c in range(100)]
-    folder = playable(tmp_path / "a", rows=rows, rounds=1000)
-    write_csv(folder / "rounds.csv", ROUND_COLUMNS, [(t, *rng.random(3).round(6), 100) for t in range(1, 1001)])
-    write_csv(folder / "plane.csv", ["round", "client", "x", "y"], [(*r[:2], *rng.normal(size=2)) for r in rows])
-    page = plot.play(plot.load_run(folder))
-    assert 1_500_000 < len(page.encode()) < 3_000_000
-    assert len(content(page)["rounds"]) > 500
-
-
-def test_names_can_not_break_the_page(tmp_path):
-    page = plot.play(plot.load_run(playable(tmp_path / "a", data="</script><b>")))
-    assert "<b>" not in page and "</script><b>" in content(page)["title"]
-
-
-def test_pages_are_written_for_the_runs_that_have_places(tmp_path, capsys):
-    playable(tmp_path / "x" / "a")
-    make_run(tmp_path / "x" / "b")
-    assert plot.main([str(tmp_path), "--play"]) == 0
-    out, err = capsys.readouterr()
-    assert out == f"{tmp_path / 'figures' / 'play-a.html'}\n"
-    assert f"{tmp_path / 'x' / 'b'}: not played, there is nothing to play" in err
-    page = (tmp_path / "figures" / "play-a.html").read_text()
-    assert not re.search(r"(src|href)=|https?://(?!www.w3.org/2000/svg)", page)  # no network
-    assert plot.main([str(tmp_path / "x" / "b"), "--play"]) == 2
-
-
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-# Drives the page as a person would, and leaves what it saw in the title.
-PERSON = """<script>
-const seen = [], key = (name) => document.dispatchEvent(new KeyboardEvent("keydown", { key: name, bubbles: true }));
-const look = () => seen.push(byId("round").textContent);
-look(); key("ArrowRight"); look(); key("ArrowLeft"); look(); key("End"); look(); seen.push(byId("story").textContent);
-byId("slider").value = 2; byId("slider").dispatchEvent(new Event("input")); look();
-seen.push(byId("plane").querySelectorAll("g").length, byId("bars").querySelectorAll("rect").length);
-key("Home"); byId("play").click(); seen.push(byId("play").textContent);
-setTimeout(() => {
-  look(); seen.push(byId("play").textContent); document.title = JSON.stringify([seen, errors]);
-}, 3000);
-</script></body>"""
-ERRORS = """<head><script>
-const errors = [];
-addEventListener("error", (event) => errors.push(event.message));
-console.error = console.warn = (...words) => errors.push(words.join(" "));
-</script>"""
-
-
-needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
-
-
-def browse(page: Path):
-    """What the page leaves in its title, as JSON, some seconds after it was opened."""
-    words = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=10000", "--dump-dom"]
-    done = subprocess.run([*words, page.as_uri()], capture_output=True, text=True, timeout=60)
-    return json.loads(re.search("<title>(.*?)</title>", done.stdout)[1])
-
-
-@needs_browser
-def test_the_page_plays_in_a_browser(tmp_path):
-    page = plot.play(plot.load_run(playable(tmp_path / "a")))
-    driven = page.replace("<head>", ERRORS, 1).replace("</body>", PERSON, 1)
-    (tmp_path / "driven.html").write_text(driven)
-    seen, errors = browse(tmp_path / "driven.html")
-    assert errors == []
-    assert seen[:4] == [f"Round {t} of 4" for t in (1, 2, 1, 4)]
-    assert seen[4] == "Excluded: client 2 (attacker) in round 3"
-    assert seen[5:8] == ["Round 3 of 4", 3, 3]  # the slider; three models, three bars
-    assert seen[8:] == ["Pause", "Round 4 of 4", "Play"]  # it plays to the end, and stops
-
-
-@needs_browser
-@pytest.mark.parametrize("width", [360, 1280])
-def test_the_page_is_not_wider_than_a_phone(tmp_path, width):
-    page = plot.play(plot.load_run(playable(tmp_path / "a")))
-    measure = "document.title = JSON.stringify(document.querySelector('iframe').contentDocument.body.scrollWidth)"
-    frame = (
-        f'<title></title><iframe style="width:{width}px;height:800px;border:0" srcdoc="{html.escape(page)}"></iframe>'
-    )
-    (tmp_path / "frame.html").write_text(f"{frame}<script>onload = () => {{ {measure} }}</script>")
-    assert browse(tmp_path / "frame.html") <= width
-
-
-# ---------------------------------------------------------------- the page that reports runs
-
-
-def test_a_report_holds_table_figures_and_settings(tmp_path, capsys):
-    make_run(tmp_path / "r" / "a", attack="label_flip")
-    make_run(tmp_path / "r" / "b", data="<i>", malicious=0, mad_start=None, seed=7, client_rows=CLIENT_ROWS[:2])
-    assert plot.main([str(tmp_path / "r"), "--report"]) == 0
-    printed = capsys.readouterr().out
-    page = (tmp_path / "r" / "figures" / "report.html").read_text()
-    assert str(tmp_path / "r" / "figures" / "report.html") in printed
-    for words in ("attacker 2 in round 3", "MAD from round 3", "label_flip, 0.2 of the clients", "nobody"):
-        assert f"<td>{words}</td>" in page, words
-    assert "<td>0.475</td>" in page  # the mean of LOSS
-    assert "<i>" not in page and "&lt;i&gt;" in page
-    assert page.count("<img ") == printed.count(".png") > 3
-    assert "&quot;mad_start&quot;: 3" in page and "&quot;seed&quot;: 7" in page
-    assert not re.search(r"(src|href)=\"(?!data:)", page) and "http" not in page
+# ---------------------------------------------------------------- files
 
 
 def test_find_runs_at_any_depth(tmp_path):
@@ -835,7 +688,7 @@ rows = st.lists(st.lists(cells, max_size=8).map(",".join), max_size=6).map("\n".
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.dictionaries(st.sampled_from([*plot.KINDS, "data", "other"]), anything), rows, rows)
+@given(st.dictionaries(st.sampled_from([*results.KINDS, "data", "other"]), anything), rows, rows)
 def test_any_folder_is_read_or_refused(tmp_path, config, rounds, clients):
     """Whatever stands in its files: a run that can be named and described, or a ValueError that says what is wrong."""
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -846,7 +699,7 @@ def test_any_folder_is_read_or_refused(tmp_path, config, rounds, clients):
     except ValueError as error:
         assert "config.json is damaged" in str(error)
         return
-    plot.shortcomings(run)
+    results.shortcomings(run)
     plot.bundles([run])
     plot.by_start(run)
     assert plot.title("Loss", [run]).startswith("Loss\n")

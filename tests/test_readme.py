@@ -35,7 +35,7 @@ def commands() -> list[str]:
 
 
 def shortened(command: str) -> list[str]:
-    """The command's words with ROUNDS rounds, and its MAD starts at the same part of the run."""
+    """The command's words with ROUNDS rounds, and what starts in one at the same part of the run."""
     words = shlex.split(command)
     if "bench" in words[1]:
         return [*words, "-n", "1"]
@@ -48,9 +48,8 @@ def shortened(command: str) -> list[str]:
     rounds = int(words[words.index("--rounds") + 1]) if "--rounds" in words else 1000
     if "--rounds" in words:
         del words[words.index("--rounds") : words.index("--rounds") + 2]
-    if "--mad-start" in words:
-        first = words.index("--mad-start") + 1
-        for i in range(first, len(words)):
+    for start in {"--mad-start", "--attack-start"} & set(words):
+        for i in range(words.index(start) + 1, len(words)):
             if not words[i].isdigit():
                 break
             words[i] = str(max(1, int(words[i]) * ROUNDS // rounds))

@@ -28,6 +28,7 @@ import data
 import madsim
 import model
 import trust
+from bench import experiments, record
 from madsim import Config, main, read_config, simulate
 from trust import PRESETS, aggregate, initial_state, mad_step
 
@@ -93,6 +94,7 @@ KILLED = """
 import json, os, signal, sys, threading
 import numpy as np
 import data, madsim
+from bench import record
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -113,9 +115,9 @@ def half_a_row(write, table, rows):
 
 def prepare(moment, count):
     if moment == "half a row":
-        on_call(madsim.Table, "_write", count, half_a_row)
+        on_call(record.Table, "_write", count, half_a_row)
     elif moment == "between two rows":
-        on_call(madsim.Table, "append", count, lambda append, *args: (append(*args), die()))
+        on_call(record.Table, "append", count, lambda append, *args: (append(*args), die()))
     elif moment == "checkpoint unfinished":
         on_call(os, "fsync", count, lambda fsync, number: die())
     elif moment == "before the checkpoint's name":
@@ -126,7 +128,7 @@ def prepare(moment, count):
         threading.Timer(float(moment), die).start()
 
 arrays, folder, moments = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-madsim.CHECKPOINT_SECONDS = 0.05
+record.CHECKPOINT_SECONDS = 0.05
 with np.load(arrays) as found:
     dataset = data.Dataset(*(found[name] for name in ("a", "b", "c", "d")), name="tiny", md5="none")
 madsim.simulate(madsim.Config(rounds=1, malicious=0.0), dataset=dataset)
@@ -210,9 +212,9 @@ def test_a_complete_run_is_left_as_it_is(stopped, tiny):
 @pytest.mark.parametrize(("seconds", "expected"), [(0, 7), (1e9, 2)])
 def test_checkpoints_come_by_the_clock(seconds, expected, tiny, tmp_path, monkeypatch):
     """Before the first round, after every round that ends so long after the last one, and at the end."""
-    saved, save = [], madsim.Log.save
-    monkeypatch.setattr(madsim, "CHECKPOINT_SECONDS", seconds)
-    monkeypatch.setattr(madsim.Log, "save", lambda log: saved.append(save(log)))
+    saved, save = [], record.Log.save
+    monkeypatch.setattr(record, "CHECKPOINT_SECONDS", seconds)
+    monkeypatch.setattr(record.Log, "save", lambda log: saved.append(save(log)))
     simulate(Config(rounds=5), tmp_path / "run", dataset=tiny)
     assert len(saved) == expected
 
@@ -293,8 +295,8 @@ def test_an_interruption_ends_all_of_several_runs_in_one_process(quick, tmp_path
 def grid(quick, monkeypatch):
     """The words for an experiment of four runs of 4 rounds, in this process."""
     columns = {"no attack": {"malicious": 0.0}, "attack": {"malicious": 0.25}}
-    experiment = madsim.Experiment("two by one", 4, madsim.mad_from(2), columns)
-    monkeypatch.setitem(madsim.EXPERIMENTS, "grid", experiment)
+    experiment = experiments.Experiment("two by one", 4, experiments.mad_from(2), columns)
+    monkeypatch.setitem(experiments.EXPERIMENTS, "grid", experiment)
     return ["--experiment", "grid", "--clients", "4", "--dataset", "phantom", "--jobs", "1", "--seeds", "2"]
 
 
@@ -410,7 +412,7 @@ def long_run(tiny, tmp_path_factory) -> Path:
 
 
 def test_a_file_that_may_not_grow_ends_in_one_line(long_run, quick, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(madsim, "CHECKPOINT_SECONDS", 0.1)
+    monkeypatch.setattr(record, "CHECKPOINT_SECONDS", 0.1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def run():
@@ -441,7 +443,7 @@ def disk(tmp_path):
 
 
 def test_a_full_disk_ends_in_one_line(long_run, quick, disk, capsys, monkeypatch):
-    monkeypatch.setattr(madsim, "CHECKPOINT_SECONDS", 0.1)
+    monkeypatch.setattr(record, "CHECKPOINT_SECONDS", 0.1)
     check_it_ended_in_one_line_and_goes_on(
         disk / long_run.name, long_run, lambda: main([*LONG, "--out", str(disk)]),
         lambda: mount("-o", "remount,size=10m", disk), "No space left on device", capsys,
@@ -451,7 +453,7 @@ def test_a_full_disk_ends_in_one_line(long_run, quick, disk, capsys, monkeypatch
 def test_a_folder_that_turns_read_only_ends_in_one_line(quick, tmp_path, capsys, monkeypatch):
     """In round 4: the files that are open could still be written, a checkpoint can't be."""
     words, name = ["--rounds", "6", "--dataset", "phantom"], "nomad-rounds6-phantom-s0"
-    monkeypatch.setattr(madsim, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(record, "CHECKPOINT_SECONDS", 0)
     assert main([*words, "--out", str(tmp_path / "whole")]) == 0
     capsys.readouterr()
     folder = tmp_path / "cut" / name

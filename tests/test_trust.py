@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from sklearn.decomposition import PCA
 
 import trust
 from trust import (
@@ -21,7 +20,6 @@ from trust import (
     mean_silhouette,
     normalised_distance,
     outlying_group,
-    plane,
     squared_distances,
     trust_indicator,
     two_means,
@@ -232,43 +230,6 @@ def test_permuting_clients_permutes_scores(seed, order):
     _, permuted, permuted_spread = normalised_distance(W[list(order)], 0.0, PAPER)
     assert permuted == pytest.approx(d[list(order)], abs=1e-9)
     assert permuted_spread == pytest.approx(spread)
-
-
-# ---------------------------------------------------------------- the plane
-
-
-def distances(points):
-    return np.linalg.norm(points[:, None] - points[None], axis=2)
-
-
-def test_points_of_a_plane_keep_their_distances_and_the_main_cluster_is_around_the_origin():
-    """Three in a triangle and one far off, somewhere in 50 dimensions: the first three are the main cluster."""
-    flat = np.array([[0.0, 0], [2, 0], [1, 1], [20, 5]])
-    axes = np.linalg.qr(np.random.default_rng(0).normal(size=(50, 2)))[0]
-    points = plane(flat @ axes.T + 3, 0.0, PAPER)
-    assert distances(points) == pytest.approx(distances(flat), abs=1e-6)
-    assert points[:3].mean(0) == pytest.approx([0, 0], abs=1e-6)
-
-
-def test_the_plane_is_that_of_the_two_principal_components():
-    W = np.random.default_rng(1).normal(size=(9, 5)) * [5, 4, 0.1, 0.1, 0.1]
-    whole = Settings(clusters=1)  # everybody is the main cluster
-    components = PCA(2).fit_transform(W)
-    assert distances(plane(W, 0.0, whole)) == pytest.approx(distances(components), rel=1e-6)
-
-
-def test_points_are_turned_towards_those_before():
-    rng = np.random.default_rng(2)
-    W = rng.normal(size=(8, 30))
-    before = plane(W, 0.0, PAPER)
-    assert plane(W, 0.0, PAPER, before @ [[0, -1], [1, 0]]) == pytest.approx(before @ [[0, -1], [1, 0]], abs=1e-6)
-    before[3] = np.nan  # a client that was not there
-    assert plane(W, 0.0, PAPER, before)[:3] == pytest.approx(before[:3], abs=1e-6)
-
-
-def test_one_client_lies_at_the_origin_and_two_on_a_line():
-    assert plane(column(7), 0.0, PAPER).tolist() == [[0, 0]]
-    assert np.sort(plane(column(7, 11), 0.0, PAPER)[:, 0]) == pytest.approx([-2, 2])
 
 
 # ---------------------------------------------------------------- rounds

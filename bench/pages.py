@@ -1,0 +1,185 @@
+"""Pages of HTML, each whole in itself: one that plays a run, one that reports all runs of a folder."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bench.results import CURVES, Run, by_start, read_table, strategy, title
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from pandas import Series
+
+PAGE_BYTES = 2_500_000  # of the numbers in a page that plays a run
+
+
+# ---------------------------------------------------------------- a page that plays a run
+
+
+def write_players(runs: list[Run], out: Path) -> int:
+    """A page for each run that can be played; the exit status."""
+    count = 0
+    for run in runs:
+        try:
+            page = play(run)
+        except ValueError as error:
+            print(f"{run.folder}: not played, {error}", file=sys.stderr)
+            continue
+        out.mkdir(parents=True, exist_ok=True)
+        path = out / f"play-{run.name}.html"
+        path.write_text(page, encoding="utf-8")
+        print(path)
+        count += 1
+    return 0 if count else 2
+
+
+def play(run: Run) -> str:
+    """An HTML page that plays the run, whole in itself: player.html with the run's numbers put in.
+
+    Of long runs with many clients a thinned set of rounds, see `frames`. Raises ValueError if the run has recorded
+    nothing to play.
+    """
+    import numpy as np
+
+    points = read_table(run.folder / "plane.csv", ["round", "client"], ["x", "y"])
+    clients = run.clients.merge(points, on=["round", "client"]).drop_duplicates(["round", "client"])
+    curves = run.rounds.drop_duplicates("round").set_index("round")
+    clients = clients[clients["round"].isin(curves.index)]
+    if clients.empty:
+        raise ValueError("there is nothing to play: no plane.csv with where the models lie (of 50 clients at most)")
+    members = sorted(clients["client"].unique())
+    malicious = clients.groupby("client")["malicious"].max().reindex(members)
+    excluded = clients[clients["active"] == 0].groupby("client")["round"].min().reindex(members)
+    shown = frames(sorted(clients["round"].unique()), len(members), excluded.dropna())
+
+    def table(column: str, scale: float | NDArray) -> NDArray:  # [rounds, clients]
+        wide = clients.pivot(index="round", columns="client", values=column).reindex(index=shown, columns=members)
+        return np.round(wide.to_numpy(float) * scale)
+
+    reach = reaches(np.hypot(clients["x"], clients["y"]).groupby(clients["round"]).max()).reindex(shown)
+    thousandths = 1000 / reach.to_numpy()[:, None]
+    content = {
+        "title": title(strategy(run), [run]).replace("\n", ": "),
+        "rounds": shown, "malicious": malicious, "excluded": excluded, "start": run.config.get("mad_start"),
+        "threshold": (run.config.get("settings") or {}).get("threshold"),
+        "reach": [float(f"{value:g}") for value in reach],
+        "points": np.stack([table("x", thousandths), table("y", thousandths)], axis=2),
+        "trust": table("trust", 100), "reputation": table("reputation", 100),
+    }  # fmt: skip
+    content |= {name: curves[name].reindex(shown).round(4) for name in CURVES}
+    content = {name: plain(value) for name, value in content.items()}
+    page = (Path(__file__).parent / "player.html").read_text()
+    run_json = json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
+    return page.replace(">{}</script>", f">{run_json}</script>", 1)
+
+
+def reaches(far: Series) -> Series:
+    """How far the drawing of each round reaches, 1, 2 or 5 times a power of ten: to the `far`thest model of the five
+    rounds before and after, so that it seldom changes."""
+    import numpy as np
+
+    far = far.replace(0, np.nan).rolling(11, center=True, min_periods=1).max().fillna(1)
+    power, steps = 10 ** np.floor(np.log10(far)), np.array([1, 2, 5, 10])
+    return power * steps[np.searchsorted(steps, far / power)]
+
+
+def frames(rounds: list[int], clients: int, excluded: Series) -> list[int]:
+    """The rounds that a page shows: all of them or, where they would take more than PAGE_BYTES, an even selection with
+    the first, the last, and those in which clients were `excluded`."""
+    import numpy as np
+
+    room = max(2, PAGE_BYTES // (22 * clients + 40) - len(excluded))  # so many bytes take a client and a round
+    even = {rounds[i] for i in np.linspace(0, len(rounds) - 1, min(room, len(rounds))).round().astype(int)}
+    return sorted(map(int, even | set(excluded)))
+
+
+def plain(value):
+    """Numbers as JSON knows them: whole ones as integers, None for NaN and infinity."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return None if not math.isfinite(value) else int(value) if value.is_integer() else value
+    return value
+
+
+# ---------------------------------------------------------------- a page that reports runs
+
+
+REPORT = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>madsim: {name}</title>
+<style>
+  body {{ margin: 0 auto; padding: 1rem; max-width: 70rem; font: 1rem/1.4 system-ui, sans-serif; color: #111; }}
+  table {{ border-collapse: collapse; display: block; overflow-x: auto; }}
+  th, td {{ border-bottom: 1px solid #ccc; padding: 0.2rem 0.7rem; text-align: left; vertical-align: top; }}
+  img {{ max-width: 100%; }} pre {{ overflow-x: auto; }} h2 {{ margin: 1.5rem 0 0.3rem; }}
+</style></head><body>
+<h1>madsim: {name}</h1>
+<h2>Runs</h2>
+{table}
+<h2>Figures</h2>
+{figures}
+<h2>Settings</h2>
+{settings}
+</body></html>
+"""
+
+
+def report(runs: Sequence[Run], pictures: Sequence[Path], folder: Path) -> str:
+    """One HTML page, whole in itself, of the runs at or below `folder`: their table, the pictures (PNG files), and all
+    settings."""
+
+    def image(path: Path) -> str:
+        content = base64.b64encode(path.read_bytes()).decode()
+        return f'<img alt="{html.escape(path.stem)}" src="data:image/png;base64,{content}">'
+
+    def settings(run: Run) -> str:
+        name, every = str(run.folder.relative_to(folder)), json.dumps(run.config, indent=2)
+        return f"<details><summary>{html.escape(name)}</summary><pre>{html.escape(every)}</pre></details>"
+
+    return REPORT.format(
+        name=html.escape(folder.resolve().name),
+        table=runs_table(runs, folder),
+        figures="\n".join(map(image, pictures)),
+        settings="\n".join(map(settings, runs)),
+    )
+
+
+def runs_table(runs: Sequence[Run], folder: Path) -> str:
+    """The runs as an HTML table: what was done, who was excluded when, and what came of it in the last ten rounds."""
+    import pandas as pd
+
+    rows = []
+    for run in sorted(runs, key=lambda run: (run.folder.parent, by_start(run))):
+        last = run.rounds[list(CURVES)].tail(10).mean()
+        rows.append(
+            {
+                "run": str(run.folder.relative_to(folder)), "data": run.data, "strategy": strategy(run),
+                "rounds": run.length.removesuffix(" rounds"), "seed": run.config.get("seed"), "attack": attack_of(run),
+                "excluded": exclusions(run),
+            } | {f"{name.replace('_', ' ')}, last 10 rounds": value for name, value in last.items()}
+        )  # fmt: skip
+    return pd.DataFrame(rows).to_html(index=False, border=0, float_format="{:.3f}".format, na_rep="")
+
+
+def attack_of(run: Run) -> str:
+    """'label_flip, 0.2 of the clients', or 'none'."""
+    return f"{run.config.get('attack')}, {run.config.get('malicious')} of the clients" if run.attacked else "none"
+
+
+def exclusions(run: Run) -> str:
+    """'attacker 2, 8 in round 5; honest 3 in round 7', or 'nobody'."""
+    out = run.clients[run.clients["active"] == 0].sort_values("round").drop_duplicates("client")
+    groups = out.sort_values("client").groupby(["round", "malicious"])["client"]
+    kinds = {0: "honest", 1: "attacker"}
+    texts = [f"{kinds.get(bad)} {', '.join(map(str, who))} in round {t}" for (t, bad), who in groups]
+    return "; ".join(texts) or "nobody"

@@ -1,0 +1,225 @@
+"""bench/experiments.py, bench/several.py: grids of runs, their tables, clusters."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import HERE, command, refusal
+
+import data
+import madsim
+import model
+from bench import experiments, several
+from bench.experiments import EXPERIMENTS, over_seeds
+from bench.terminal import report_seeds
+from madsim import Config, main, run_name
+from trust import PRESETS, RULES
+
+
+def cells(name: str, **given) -> dict[tuple[str, str], Config]:
+    [found] = madsim.plan_experiments({"experiment": name} | given).values()
+    return found
+
+
+def test_experiments_are_the_papers():
+    fig3a = [*cells("fig3a").values()]
+    assert [(c.rounds, c.mad_start, c.malicious) for c in fig3a] == [
+        *((100, start, 0.2) for start in (5, 20, 40, 60, 80, None)), (100, None, 0.0),
+    ]  # fmt: skip
+    assert [(c.rounds, c.mad_start) for c in cells("fig3c").values()] == [(1000, 10), (1000, 500)]
+    assert [c.mad_start for c in cells("fig3a", rounds=20).values()][:6] == [1, 4, 8, 12, 16, None]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_cell_is_a_run_of_its_own(name):
+    grid = cells(name)
+    rows, columns = EXPERIMENTS[name].rows, EXPERIMENTS[name].columns
+    assert len({run_name(config) for config in grid.values()}) == len(grid) == len(rows) * len(columns)
+
+
+def test_cells_are_what_their_names_say():
+    readings, defences, attacks = cells("readings"), cells("defences"), cells("attacks", rounds=30)
+    assert readings["preset testbed", "20%, MAD from 5"].settings == PRESETS["testbed"]
+    assert readings["preset paper", "40%, MAD from 40"] == Config(rounds=60, mad_start=40, malicious=0.4)
+    assert readings["silhouette alone", "0%, MAD from 5"].settings == replace(PRESETS["paper"], outlying=0.0)
+    assert {name for name, _ in defences} == {"mean, never", "mean, MAD from 5"} | RULES.keys() - {"mean"}
+    assert defences["krum", "alie"] == Config(rounds=40, rule="krum", attack="alie")
+    assert defences["mean, MAD from 5", "no attack"] == Config(rounds=40, mad_start=5, malicious=0.0)
+    known = data.ATTACKS.keys() | model.ATTACKS.keys() | model.OMNISCIENT.keys()
+    assert {c.attack for c in attacks.values()} == known - {"nan"} == {c.attack for c in defences.values()}
+    late, on_off = (
+        attacks["label_flip from round 30", "never"],
+        attacks["label_flip, 5 rounds on, 5 off", "MAD from 10"],
+    )
+    assert late.attack_start == 15  # half the rounds, so half the round
+    assert (on_off.attack_period, on_off.mad_start) == (2, 5)
+    noniid = cells("noniid")
+    assert noniid["dirichlet, alpha 0.5", "label_flip, never"] == Config(rounds=60, partition="dirichlet")
+    assert cells("membership")["never", ""] == Config(rounds=600, membership=10)
+
+
+def test_the_options_given_hold_in_every_cell():
+    for config in cells("readings", threshold=0.3, clients=20).values():
+        assert (config.settings.threshold, config.clients) == (0.3, 20)
+
+
+def table(*losses: float, **columns) -> pd.DataFrame:
+    """What `tidy` makes of runs of one cell with these losses."""
+    rows = [{"row": "a", "column": "b", "complete": True, "loss": loss, "precision": None} for loss in losses]
+    return pd.DataFrame(rows).assign(**columns)
+
+
+def test_seeds_are_summed_up_by_hand(capsys):
+    """Losses 0.5 and 0.7: mean 0.6, sample deviation 0.1 * sqrt 2. What was cut short is left out."""
+    runs = table(0.5, 0.7, 9.0, complete=[True, True, False], true_exclusions=[2, 1, 0], last=40)
+    (texts,) = over_seeds(runs).to_dict("records")
+    assert texts == {"seeds": 2, "loss": "0.600 ± 0.141", "precision": "", "attackers out": "1.5 ± 0.7"}
+    assert over_seeds(table(0.5)).loss.tolist() == ["0.500"]  # of one seed no deviation
+    missed = pd.Series([3.0, 4.0, np.nan])
+    assert [experiments.in_words(missed[start:], 1) for start in (0, 1, 2)] == ["3.5 ± 0.7 (of 2)", "4.0 (of 1)", ""]
+    report_seeds(runs)
+    assert capsys.readouterr().out.splitlines() == [
+        "",
+        "Last 10 rounds: mean ± standard deviation over seeds",
+        "a, 2 seeds",
+        "             attackers out         1.5 ± 0.7",
+        "             loss                  0.600 ± 0.141",
+    ]
+
+
+def test_a_table_in_markdown_by_hand():
+    assert experiments.markdown(over_seeds(table(0.5)).drop(columns="precision"), "# T").splitlines() == [
+        "# T", "", "| row | column | seeds | loss |", "| --- | --- | --- | --- |", "| a | b | 1 | 0.500 |",
+    ]  # fmt: skip
+    single = over_seeds(table(0.5, column="")).drop(columns="precision")
+    assert experiments.markdown(single, "").splitlines()[2:] == [
+        "| row | seeds | loss |", "| --- | --- | --- |", "| a | 1 | 0.500 |",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def grid(monkeypatch):
+    """The words for an experiment of three runs of 4 rounds, "grid"."""
+    columns = {"none": {"malicious": 0.0}, "two": {"malicious": 0.25}}
+    experiment = experiments.Experiment("two by one", 4, experiments.mad_from(2), columns)
+    monkeypatch.setitem(EXPERIMENTS, "grid", experiment)
+    return ["--experiment", "grid", "--clients", "4", "--dataset", "phantom", "--jobs", "1", "--seeds", "2"]
+
+
+def test_an_experiment_writes_its_tables(quick, grid, tmp_path, capsys):
+    assert main([*grid, "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "4 runs, 16 rounds in all" in out and f"python plot.py {tmp_path / 'grid'}" in out
+    runs = pd.read_csv(tmp_path / "grid" / "table.csv")
+    assert runs[["row", "column", "seed"]].values.tolist() == [
+        ["MAD from 2", column, seed] for column in ("none", "two") for seed in (0, 1)
+    ]
+    for _, run in runs.iterrows():
+        config = Config(rounds=4, mad_start=2, clients=4, malicious=run.malicious, dataset="phantom", seed=run.seed)
+        folder = tmp_path / "grid" / run_name(config)
+        rounds, summary = pd.read_csv(folder / "rounds.csv"), json.loads((folder / "summary.json").read_text())
+        assert run.honest_accuracy == pytest.approx(rounds.honest_accuracy.mean(), rel=1e-5)
+        assert run.fluctuation == pytest.approx(rounds.honest_accuracy.diff().std(), rel=1e-5)
+        if summary["jumps"]:
+            assert run.jump_loss_model == summary["jumps"][0]["loss"]["model"]
+            assert run.jump_accuracy == summary["jumps"][0]["accuracy"]["total"]
+        assert run.attackers == (run.column == "two") and run.complete and run["last"] == 4
+        assert run.true_exclusions == summary["true_exclusions"] and run.data == "phantom"
+    text = (tmp_path / "grid" / "table.md").read_text()
+    assert text.startswith(
+        "# grid: two by one\n\n`python madsim.py --experiment grid --clients 4 --dataset phantom --seeds 2`;"
+    )
+    assert "seeds 0, 1; commit " in text and "over the last 4 rounds" in text
+    assert text.count("| MAD from 2 |") == 2
+    resumed = next(path for path in (tmp_path / "grid").glob("*s1/config.json"))
+    about = json.loads(resumed.read_text())
+    resumed.write_text(json.dumps(about | {"resumed": [{"git": {"commit": "abc", "dirty": True}}]}))
+    assert main([*grid[:-1], "1", "--out", str(tmp_path)]) == 0  # the other seed's runs stay in the table
+    runs = pd.read_csv(tmp_path / "grid" / "table.csv")
+    assert len(runs) == 4 and runs["dirty"].sum() >= 1 and sum(", abc" in commit for commit in runs["commit"]) == 1
+
+
+CLUSTER = """
+import sys
+from distributed import LocalCluster
+with LocalCluster(n_workers=2, threads_per_worker=int(sys.argv[1]), dashboard_address=None) as cluster:
+    print(cluster.scheduler_address, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def cluster(request):
+    """The address of a Dask scheduler with two worker processes, of so many threads each, that know our modules."""
+    words = [sys.executable, "-c", CLUSTER, str(request.param)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(words, env=os.environ | {"PYTHONPATH": str(HERE)}, **pipes)
+    yield process.stdout.readline().strip()
+    process.communicate("")
+    assert process.returncode == 0
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("cluster", [1], indirect=True)
+def test_a_cluster_gives_the_same_bytes_as_this_machine(cluster, tmp_path):
+    words = "--experiment fig3c --rounds 3 --seeds 2 --clients 4 --malicious 0.25 --dataset phantom"
+    words = words.split()
+    for place, how in (("loky", ["--jobs", "2"]), ("dask", ["--backend", "dask", "--scheduler", cluster])):
+        process = command(*words, *how, "--out", tmp_path / place)
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        assert "4 runs, 12 rounds in all" in out
+    tables = [path.relative_to(tmp_path / "loky") for path in (tmp_path / "loky").rglob("*.csv")]
+    assert len(tables) == 4 * 3 + 1
+    for table in tables:
+        assert (tmp_path / "loky" / table).read_bytes() == (tmp_path / "dask" / table).read_bytes()
+    about = json.loads(next((tmp_path / "dask").rglob("config.json")).read_text())
+    assert about["command"][:-1] == ["madsim.py", *words, *how, "--out"]  # not the worker's own
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("cluster", [2], indirect=True)
+def test_workers_with_several_threads_are_refused(cluster, tmp_path, capsys):
+    """PyTorch's threads and random state are a process's, not a thread's."""
+    words = ["--rounds", "2", "--dataset", "phantom", "--backend", "dask", "--scheduler", cluster, "--out", tmp_path]
+    assert "have several threads; start them with --nthreads 1" in refusal(capsys, *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_cluster_that_can_not_be_had_is_one_line(tmp_path, capsys, monkeypatch):
+    words = ["--rounds", "2", "--dataset", "phantom", "--out", tmp_path]
+    assert "--scheduler goes with --backend dask" in refusal(capsys, *words, "--scheduler", "tcp://localhost:1")
+    assert "--backend dask needs --scheduler ADDRESS" in refusal(capsys, *words, "--backend", "dask")
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    words += ["--backend", "dask", "--scheduler", "tcp://localhost:1"]
+    assert "pip install distributed" in refusal(capsys, *words)
+
+
+@pytest.mark.cluster
+def test_a_scheduler_that_does_not_answer_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(several, "CONNECT_SECONDS", 0.5)
+    words = ["--rounds", "2", "--dataset", "phantom", "--out", tmp_path, "--backend", "dask"]
+    assert "tcp://127.0.0.1:1" in refusal(capsys, *words, "--scheduler", "tcp://127.0.0.1:1")
+
+
+def test_an_experiment_sets_its_own_options(capsys, tmp_path):
+    text = refusal(capsys, "--experiment", "attacks", "--flip", "0.5", "--mad-start", "3", "--out", tmp_path / "out")
+    assert text == "madsim: experiment attacks sets --flip, --mad-start itself; leave that out\n"
+
+
+def test_what_an_experiment_asks_for_twice_is_run_once():
+    """In 20 rounds MAD from 2 and from 10 of 1000 are both MAD from 1."""
+    assert len(madsim.plan({"experiment": "fig3c", "rounds": 20})) == 2
+    assert len(madsim.plan({"experiment": "fig3c", "rounds": 1})) == 1
+
+
+def test_each_experiment_has_a_folder_of_its_own(tmp_path):
+    args = madsim.make_parser().parse_args(["--experiment", "paper", "--out", str(tmp_path)])
+    folders = [*madsim.plan(vars(args))]
+    assert [f.parent.name for f in folders] == ["fig3a"] * 7 + ["fig3c"] * 2
+    assert len(set(folders)) == 9

@@ -429,6 +429,8 @@ def save(figure: Figure, path: Path) -> Path:
     if entries:
         columns = -(-len(entries) // 20)  # so that it is never taller than the figure
         figure.legend(entries.values(), entries, loc="outside right center", fontsize="small", ncols=columns)
+    figure.draw_without_rendering()  # lays it out, once for both files
+    figure.set_layout_engine("none")
     path.parent.mkdir(parents=True, exist_ok=True)
     png, svg = (path.with_name(path.name + suffix) for suffix in (".png", ".svg"))
     with matplotlib.rc_context({"svg.hashsalt": "madsim"}):  # and no date: equal results give equal files
@@ -454,7 +456,7 @@ def main(argv: list[str] | None = None) -> int:
         with matplotlib.rc_context({"text.parse_math": False}):  # a $ in a folder's name is just that
             runs = load_runs(args.folder)
             if args.play:
-                return pages.write_players(runs, out)
+                return pages.write_players(runs, args.folder, out)
             for name, figure in figures(runs, args.folder):
                 pictures.append(save(figure, out / name))
                 print(pictures[-1])

@@ -23,8 +23,8 @@ PAGE_BYTES = 2_500_000  # of the numbers in a page that plays a run
 # ---------------------------------------------------------------- a page that plays a run
 
 
-def write_players(runs: list[Run], out: Path) -> int:
-    """A page for each run that can be played; the exit status."""
+def write_players(runs: list[Run], folder: Path, out: Path) -> int:
+    """A page for each run at or below `folder` that can be played, below `out`; the exit status."""
     count = 0
     for run in runs:
         try:
@@ -32,8 +32,8 @@ def write_players(runs: list[Run], out: Path) -> int:
         except ValueError as error:
             print(f"{run.folder}: not played, {error}", file=sys.stderr)
             continue
-        out.mkdir(parents=True, exist_ok=True)
-        path = out / f"play-{run.name}.html"
+        path = out / run.folder.relative_to(folder).parent / f"play-{run.name}.html"
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(page, encoding="utf-8")
         print(path)
         count += 1

@@ -54,14 +54,27 @@ def test_a_trained_federation_stays_in_the_phantoms_range(trained):
     assert 0.90 <= trained.rounds.test_accuracy.tail(5).mean() <= 0.98
 
 
+@pytest.fixture(scope="module")
+def from_trained(trained, phantom):
+    """The last round of four that go on from the trained model, with these options."""
+
+    def run(**options) -> pd.Series:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(model, "initial_weights", lambda seed: torch.from_numpy(trained.weights.copy()))
+            return simulate(Config(rounds=4, **options), dataset=phantom).rounds.iloc[-1]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def peace(from_trained) -> pd.Series:
+    return from_trained(malicious=0.0)
+
+
 @pytest.mark.parametrize("attack", [name for name in data.ATTACKS | model.ATTACKS if name != "nan"])
-def test_every_attack_hurts_where_there_is_no_defence(attack, trained, phantom, monkeypatch):
+def test_every_attack_hurts_where_there_is_no_defence(attack, from_trained, peace):
     """The negative control, from a trained model on: after four rounds under attack it is worse than in peace."""
-    monkeypatch.setattr(model, "initial_weights", lambda seed: torch.from_numpy(trained.weights.copy()))
-    attacked, peace = (
-        simulate(Config(rounds=4, malicious=malicious, attack=attack), dataset=phantom).rounds.iloc[-1]
-        for malicious in (0.4, 0.0)
-    )
+    attacked = from_trained(malicious=0.4, attack=attack)
     print(attack, attacked.to_dict(), peace.to_dict())
     assert attacked.test_accuracy < peace.test_accuracy - 0.01 or attacked.honest_loss > 1.2 * peace.honest_loss
 

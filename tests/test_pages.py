@@ -79,9 +79,9 @@ def test_pages_are_written_for_the_runs_that_have_places(tmp_path, capsys):
     make_run(tmp_path / "x" / "b")
     assert plot.main([str(tmp_path), "--play"]) == 0
     out, err = capsys.readouterr()
-    assert out == f"{tmp_path / 'figures' / 'play-a.html'}\n"
+    assert out == f"{tmp_path / 'figures' / 'x' / 'play-a.html'}\n"  # where its figures would lie
     assert f"{tmp_path / 'x' / 'b'}: not played, there is nothing to play" in err
-    page = (tmp_path / "figures" / "play-a.html").read_text()
+    page = (tmp_path / "figures" / "x" / "play-a.html").read_text()
     assert not re.search(r"(src|href)=|https?://(?!www.w3.org/2000/svg)", page)  # no network
     assert plot.main([str(tmp_path / "x" / "b"), "--play"]) == 2
 

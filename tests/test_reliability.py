@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import refusal
+from conftest import HERE, command, refusal
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -32,7 +32,6 @@ from bench import experiments, record
 from madsim import Config, main, read_config, simulate
 from trust import PRESETS, aggregate, initial_state, mad_step
 
-HERE = Path(__file__).resolve().parents[1]
 CSV = ("rounds.csv", "clients.csv", "plane.csv")
 
 
@@ -70,15 +69,22 @@ def interrupt():
     raise KeyboardInterrupt
 
 
-@pytest.fixture
-def stopped(tiny, tmp_path, monkeypatch) -> tuple[Path, Path]:
-    """Folders of a run that was stopped in round 4 of 6, and of the same run that never was."""
-    config = Config(rounds=6, mad_start=3, dataset="phantom")
-    simulate(config, tmp_path / "whole", dataset=tiny)
-    with monkeypatch.context() as patch:
+@pytest.fixture(scope="module")
+def stopped_and_whole(tiny, tmp_path_factory) -> Path:
+    """A folder with the folders of a run that was stopped in round 4 of 6, and of the same run that never was."""
+    config, place = Config(rounds=6, mad_start=3, dataset="phantom"), tmp_path_factory.mktemp("runs")
+    simulate(config, place / "whole", dataset=tiny)
+    with pytest.MonkeyPatch.context() as patch:
         stop_in(patch, 4, interrupt)
-        result = simulate(config, tmp_path / "stopped", dataset=tiny)
+        result = simulate(config, place / "stopped", dataset=tiny)
     assert not result.summary["complete"] and len(result.rounds) == 3
+    return place
+
+
+@pytest.fixture
+def stopped(stopped_and_whole, tmp_path) -> tuple[Path, Path]:
+    """Copies of the two folders, for one test."""
+    shutil.copytree(stopped_and_whole, tmp_path, dirs_exist_ok=True)
     return tmp_path / "stopped", tmp_path / "whole"
 
 
@@ -128,7 +134,7 @@ def prepare(moment, count):
         threading.Timer(float(moment), die).start()
 
 arrays, folder, moments = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-record.CHECKPOINT_SECONDS = 0.05
+record.CHECKPOINT_SECONDS = 0.03
 with np.load(arrays) as found:
     dataset = data.Dataset(*(found[name] for name in ("a", "b", "c", "d")), name="tiny", md5="none")
 madsim.simulate(madsim.Config(rounds=1, malicious=0.0), dataset=dataset)
@@ -136,12 +142,12 @@ for i, (moment, count) in enumerate(moments):
     process = os.fork()
     if not process:
         prepare(moment, count)
-        madsim.simulate(madsim.Config(rounds=80, mad_start=30), os.path.join(folder, str(i)), dataset=dataset)
+        madsim.simulate(madsim.Config(rounds=40, mad_start=15), os.path.join(folder, str(i)), dataset=dataset)
         os._exit(0)
     print(os.waitpid(process, 0)[1], flush=True)
 """
 MOMENTS = [  # and the how manieth of its kind; a checkpoint syncs four files, config.json is the first that is renamed
-    ("half a row", 3 * 40 + 4), ("half a row", 3 * 3 + 5), ("half a row", 3 * 9 + 6),  # of each of CSV
+    ("half a row", 3 * 20 + 4), ("half a row", 3 * 3 + 5), ("half a row", 3 * 9 + 6),  # of each of CSV
     ("between two rows", 3 * 25 + 1), ("checkpoint unfinished", 1 + 4 * 3), ("checkpoint unfinished", 1 + 4 * 3 + 1),
     ("before the checkpoint's name", 5), ("after the checkpoint's name", 5),
 ]  # fmt: skip
@@ -154,12 +160,12 @@ def test_a_kill_at_any_moment_loses_nothing_for_good(tiny, tmp_path):
     np.savez(tmp_path / "arrays.npz", **dict(zip("abcd", arrays)))
     seed = time.time_ns()
     print(f"random moments of seed {seed}")  # shown if the test fails
-    moments = MOMENTS + [(f"{seconds:.3f}", 0) for seconds in np.random.default_rng(seed).uniform(0, 0.9, 5)]
+    moments = MOMENTS + [(f"{seconds:.3f}", 0) for seconds in np.random.default_rng(seed).uniform(0, 0.5, 5)]
     runs = subprocess.Popen(
         [sys.executable, "-c", KILLED, tmp_path / "arrays.npz", tmp_path, json.dumps(moments)],
         cwd=HERE, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
-    simulate(Config(rounds=80, mad_start=30), tmp_path / "whole", dataset=tiny)
+    simulate(Config(rounds=40, mad_start=15), tmp_path / "whole", dataset=tiny)
     whole, rounds = csv_bytes(tmp_path / "whole"), []
     assert [int(line) for line in runs.communicate()[0].split()] == [signal.SIGKILL] * len(moments)
     for i, (moment, _) in enumerate(moments):
@@ -172,7 +178,7 @@ def test_a_kill_at_any_moment_loses_nothing_for_good(tiny, tmp_path):
         result = resume(folder, tiny)
         assert csv_bytes(folder) == whole, moment
         assert result.summary["complete"] and not list(folder.glob("*.part"))
-    assert sum(0 < t < 80 for t in rounds) > len(rounds) / 2  # most went on from the middle
+    assert sum(0 < t < 40 for t in rounds) > len(rounds) / 2  # most went on from the middle
 
 
 def test_rows_beyond_the_checkpoint_and_a_torn_last_one_are_dropped(stopped, tiny):
@@ -231,25 +237,26 @@ def phantom_run(phantom, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_a_signal_leaves_a_folder_that_can_be_resumed_and_says_how(number, phantom_run, tmp_path, capsys):
-    words = ["--rounds", "15", "--mad-start", "8", "--dataset", "phantom", "--out", tmp_path]
-    process = subprocess.Popen(
-        [sys.executable, HERE / "madsim.py", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    folder = tmp_path / phantom_run.name
-    rounds, deadline = folder / CSV[0], time.time() + 60
-    while time.time() < deadline and not (rounds.exists() and rounds.read_bytes().count(b"\n") > 3):
-        time.sleep(0.05)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    written = rounds.read_bytes().count(b"\n") - 1
-    assert process.returncode == 130 and "Traceback" not in err
-    assert json.loads((folder / "summary.json").read_text())["complete"] is False
-    assert f"Stopped      after round {written} of 15; go on with: python madsim.py --resume {folder}\n" in out
-    assert main(["--resume", str(folder)]) == 0
-    assert "(attacker) in round 8" in capsys.readouterr().out
-    assert csv_bytes(folder) == csv_bytes(phantom_run)
+def test_a_signal_leaves_a_folder_that_can_be_resumed_and_says_how(phantom_run, tmp_path, capsys):
+    """SIGINT, and SIGTERM in a process beside it."""
+    words = ["--rounds", "15", "--mad-start", "8", "--dataset", "phantom", "--threads", "1"]
+    processes = {number: command(*words, "--out", tmp_path / number.name) for number in (signal.SIGINT, signal.SIGTERM)}
+    folders = {number: tmp_path / number.name / phantom_run.name for number in processes}
+    for number, process in processes.items():
+        rounds, deadline = folders[number] / CSV[0], time.time() + 60
+        while time.time() < deadline and not (rounds.exists() and rounds.read_bytes().count(b"\n") > 3):
+            time.sleep(0.05)
+        process.send_signal(number)
+    for number, folder in folders.items():
+        process = processes[number]
+        out, err = process.communicate(timeout=60)
+        written = (folder / CSV[0]).read_bytes().count(b"\n") - 1
+        assert process.returncode == 130 and "Traceback" not in err
+        assert json.loads((folder / "summary.json").read_text())["complete"] is False
+        assert f"Stopped      after round {written} of 15; go on with: python madsim.py --resume {folder}\n" in out
+        assert main(["--resume", str(folder)]) == 0
+        assert "(attacker) in round 8" in capsys.readouterr().out
+        assert csv_bytes(folder) == csv_bytes(phantom_run)
 
 
 def test_a_run_stopped_before_its_first_round_ends_can_be_resumed(tiny, quick, tmp_path, capsys, monkeypatch):
@@ -1020,7 +1027,7 @@ def test_several_runs_in_different_places_are_resumed(quick, tmp_path, capsys, m
 def test_output_that_is_closed_or_is_no_text_is_no_traceback(tmp_path):
     madsim_py = f"{sys.executable} {HERE / 'madsim.py'}"
     environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict", "PYTHONUNBUFFERED": ""}
-    for command, status, line in (
+    for words, status, line in (
         (f"{madsim_py} --resume absent >&-", 2, "madsim: absent is not a run's folder: it holds no config.json\n"),
         (f"{madsim_py} --resume $'\\xff'", 2, "madsim: \\udcff is not a run's folder: it holds no config.json\n"),
         (
@@ -1029,13 +1036,13 @@ def test_output_that_is_closed_or_is_no_text_is_no_traceback(tmp_path):
             "madsim: the output can't be written: [Errno 28] No space left on device\n",
         ),
     ):
-        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment, cwd=tmp_path)
+        done = subprocess.run(["bash", "-c", words], capture_output=True, text=True, env=environment, cwd=tmp_path)
         assert (done.returncode, done.stderr) == (status, line)
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_pipe_that_nobody_reads_is_no_traceback(unbuffered):
-    command = f"{sys.executable} {HERE / 'madsim.py'} --help | true"
+    words = f"{sys.executable} {HERE / 'madsim.py'} --help | true"
     environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment)
+    done = subprocess.run(["bash", "-c", words], capture_output=True, text=True, env=environment)
     assert done.stderr == ""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pandas import Series
 
 PAGE_BYTES = 2_500_000  # of the numbers in a page that plays a run
+STEPS = (1, 1.5, 2, 3, 4, 6, 8, 10)  # how far a drawing may reach: round, and at most half as far again as it must
 
 
 # ---------------------------------------------------------------- a page that plays a run
@@ -81,13 +82,13 @@ def play(run: Run) -> str:
 
 
 def reaches(far: Series) -> Series:
-    """How far the drawing of each round reaches, 1, 2 or 5 times a power of ten: to the `far`thest model of the five
-    rounds before and after, so that it seldom changes."""
+    """How far the drawing of each round reaches, one of the STEPS times a power of ten: to the `far`thest model of the
+    five rounds before and after, so that it seldom changes."""
     import numpy as np
 
     far = far.replace(0, np.nan).rolling(11, center=True, min_periods=1).max().fillna(1)
-    power, steps = 10 ** np.floor(np.log10(far)), np.array([1, 2, 5, 10])
-    return power * steps[np.searchsorted(steps, far / power)]
+    power = 10 ** np.floor(np.log10(far))
+    return power * np.array(STEPS)[np.searchsorted(STEPS, far / power)]
 
 
 def frames(rounds: list[int], clients: int, excluded: Series) -> list[int]:

@@ -45,9 +45,9 @@ def test_what_a_page_plays_by_hand(tmp_path):
 
 def test_how_far_the_drawing_reaches_by_hand():
     far = pandas.Series([1.6] * 20 + [0.03] * 20 + [0.0] * 20)
-    assert pages.reaches(far).round(9).tolist() == [2] * 25 + [0.05] * 20 + [1] * 15  # five rounds of both sides
+    assert pages.reaches(far).round(9).tolist() == [2] * 25 + [0.03] * 20 + [1] * 15  # five rounds of both sides
     assert pages.reaches(pandas.Series([1e-30])).tolist() == [pytest.approx(1e-30)]
-    assert pages.reaches(pandas.Series([5.0])).tolist() == [5]
+    assert [pages.reaches(pandas.Series([far])).tolist() for far in (3.0, 3.1, 8.5)] == [[3], [4], [10]]
 
 
 def test_a_long_run_is_thinned_but_for_its_exclusions():
@@ -95,6 +95,8 @@ look(); key("ArrowRight"); look(); key("ArrowLeft"); look(); key("End"); look();
 byId("slider").value = 2; byId("slider").dispatchEvent(new Event("input")); look();
 seen.push(byId("plane").querySelectorAll("g").length, byId("bars").querySelectorAll("rect").length);
 key("Home"); byId("play").click(); seen.push(byId("play").textContent);
+const [one, two, three, gone, far] = apart([[99, 50], [99, 50], [104, 50], null, [200, 50]]);
+seen.push([[one, two], [two, three], [three, one]].every(([p, q]) => Math.hypot(p[0] - q[0], p[1] - q[1]) > 19), far);
 setTimeout(() => {
   look(); seen.push(byId("play").textContent); document.title = JSON.stringify([seen, errors]);
 }, 3000);
@@ -126,7 +128,8 @@ def test_the_page_plays_in_a_browser(tmp_path):
     assert seen[:4] == [f"Round {t} of 4" for t in (1, 2, 1, 4)]
     assert seen[4] == "Excluded: client 2 (attacker) in round 3"
     assert seen[5:8] == ["Round 3 of 4", 3, 3]  # the slider; three models, three bars
-    assert seen[8:] == ["Pause", "Round 4 of 4", "Play"]  # it plays to the end, and stops
+    assert seen[8] == "Pause" and seen[9:11] == [True, [200, 50]]  # no mark hides another, and who stands free stays
+    assert seen[11:] == ["Round 4 of 4", "Play"]  # it plays to the end, and stops
 
 
 @needs_browser

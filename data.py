@@ -88,6 +88,8 @@ def load(dataset: str = "auto", root: str | Path | None = None) -> Dataset:
 
 def pneumoniamnist(root: Path) -> Dataset:
     """The real data set (Yang et al. 2023, CC BY 4.0) from root/pneumoniamnist.npz, downloaded if absent."""
+    if root.is_file():
+        raise ValueError(f"{root} is a file; name the folder that holds {FILE}")
     path = root / FILE
     if not path.is_file():
         download(root)
@@ -218,8 +220,8 @@ def partition_iid(n: int, clients: int, rng: np.random.Generator) -> list[NDArra
 
 
 def partition_dirichlet(labels: Labels, clients: int, alpha: float, rng: np.random.Generator) -> list[NDArray]:
-    """Image numbers dealt label by label in proportions drawn from a symmetric Dirichlet distribution (Hsu et al.
-    2019): disjoint, all of them used. The less `alpha` > 0, the more the clients differ in labels and in size.
+    """Image numbers dealt label by label in proportions drawn from a symmetric Dirichlet distribution (Yurochkin
+    et al. 2019): disjoint, all of them used. The less `alpha` > 0, the more the clients differ in labels and in size.
 
     Everybody gets two images before, to train and to validate on: ours.
     """

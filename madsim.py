@@ -9,16 +9,19 @@ Shapes: C clients, P parameters, n images, t round.
 
 import argparse
 import os
+import re
 import shutil
-import signal
 import sys
 from concurrent.futures import BrokenExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import get_args
 
-# Numpy's idle threads wait, rather than spin on the cores that PyTorch computes on: at 100 clients 1.5 times as quick.
+# Idle threads sleep rather than spin. Numpy's would spin on the cores that PyTorch computes on; PyTorch's own, beside
+# another busy program, on those that the thread which they wait for needs: a round then took ten times as long.
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
 
@@ -27,6 +30,7 @@ from bench.experiments import EXPERIMENTS, PAPER, tabulate, tidy
 from bench.folder import CHECKPOINT, complete, hollow, identity, read_json, refuse_changes, refuse_folder, seeds_in
 from bench.record import Log
 from bench.several import simulate_all, workers
+from bench.shell import as_command, script
 from bench.terminal import common_folder, introduce, list_names, report, report_seeds, way_on
 from trust import PRESETS, RULES, Settings, aggregate, check_limits, initial_state, mad_step, need, setting
 
@@ -60,7 +64,7 @@ class Config:
     concentration: float = setting(
         0.5,
         "concentration (alpha) of the Dirichlet distribution, for the partitions that are not iid",
-        "Hsu et al. 2019",
+        "Li et al. 2022",
         low=1e-3,
         option="alpha",
     )
@@ -123,7 +127,8 @@ def read_config(folder: str | Path) -> Config:
     """The Config of a run's folder. Raises FileNotFoundError if it has none, ValueError if that is damaged."""
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} is not a run's folder: it holds no config.json")
+        known = "it holds no config.json" if path.parent.is_dir() else "there is no such folder"
+        raise FileNotFoundError(f"{folder} is not a run's folder: {known}")
     written = read_json(path)
     try:
         settings = Settings(**{f.name: written["settings"][f.name] for f in fields(Settings)})
@@ -204,7 +209,7 @@ def start_round(text: str) -> int | None:
     try:
         return None if text == "never" else int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a round nor 'never'") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a round nor 'never', apart by spaces") from None
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -215,7 +220,7 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    parser.error = lambda message: parser.exit(2, f"madsim: {' '.join(message.split())}\n")
+    parser.error = lambda message: parser.exit(2, f"madsim: {' '.join(message.split())}{meant(parser, message)}\n")
     add_options(parser.add_argument_group("a run"), Config)
     parser.add_argument("--list", action="store_true", help="the attacks, rules, presets and experiments, and exit")
     parser.add_argument("--quick", action="store_true", help=f"a lecture's run: {QUICK} rounds, MAD from the middle")
@@ -240,6 +245,13 @@ def make_parser() -> argparse.ArgumentParser:
     mad.add_argument("--preset", choices=PRESETS, help="where MAD's defaults come from [default: paper]")
     add_options(mad, Settings)
     return parser
+
+
+def meant(parser: argparse.ArgumentParser, message: str) -> str:
+    """What to say of an option that was not understood: the nearest there is."""
+    unknown = re.match(r"unrecognized arguments: (--\S+)", message)
+    near = unknown and get_close_matches(unknown[1], re.findall(r"--[\w-]+", parser.format_help()), 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def add_options(group, of: type) -> None:
@@ -361,25 +373,26 @@ def make_ready(planned: dict[Path, Config], given: dict) -> tuple[dict[Path, Con
     """Those of the planned runs that have not come to their end, and the data.
 
     Folders that are in the way are refused or, if they may be replaced, removed: last of all, so that what can't be
-    run costs no earlier run. An experiment's own runs are not in the way. ValueError if they are not what is asked for.
+    run costs no earlier run. Several runs, or an experiment, go on with those that an earlier call has made; ValueError
+    if these are not what is asked for.
     """
     overwrite, resume = "overwrite" in given, "resume" in given
-    grid = "experiment" in given and not overwrite
-    stay = [folder for folder in planned if resume or (grid and (folder / CHECKPOINT).is_file())]
+    goes_on = ("experiment" in given or len(planned) > 1) and not overwrite
+    stay = [folder for folder in planned if resume or (goes_on and (folder / CHECKPOINT).is_file())]
     finished = [folder for folder in stay if complete(folder)]
     in_the_way = [folder for folder in planned if folder not in stay and folder.exists()]
     for folder in in_the_way:
-        refuse_folder(folder, replaceable=overwrite or (grid and hollow(folder)))
+        refuse_folder(folder, replaceable=overwrite or (goes_on and hollow(folder)))
     first = next(iter(planned.values()))
     dataset = data.load(first.dataset, first.data_root)
     gather(first, dataset)
     for folder in finished:
-        if resume:
-            print(f"{folder} is complete")
-        else:
+        if not resume:
             md5 = {"data's MD5": read_json(folder / "config.json").get("data", {}).get("md5")}
             now = identity(asdict(planned[folder])) | {"data's MD5": dataset.md5}
             refuse_changes(folder, identity(asdict(read_config(folder))) | md5, now)
+        if "experiment" not in given:
+            print(f"{folder} is complete")
     for folder in in_the_way:
         shutil.rmtree(folder)
     return {folder: config for folder, config in planned.items() if folder not in finished}, dataset
@@ -391,7 +404,7 @@ def main(argv: list[str] | None = None) -> int:
     if "list" in given:
         list_names()
         return 0
-    grid, runs, begun = "experiment" in given, {}, False
+    runs, begun, again = {}, False, "overwrite" in given
     try:
         planned = plan_resumed(given) if "resume" in given else plan(given)
         with workers(given.get("scheduler")):
@@ -401,19 +414,19 @@ def main(argv: list[str] | None = None) -> int:
             begun = True
             results = simulate_all(simulate, runs, dataset, given.get("jobs", os.cpu_count()), "scheduler" in given)
     except BrokenExecutor:
-        parser.error(f"a run's process was killed{way_on(runs, grid)}")
+        parser.error(f"a run's process was killed{way_on(runs, again)}")
     except (ValueError, FloatingPointError) as error:
         parser.error(str(error))
     except (OSError, MemoryError) as error:
-        parser.error(f"{error}{way_on(runs, grid) if begun else ''}")
+        parser.error(f"{error}{way_on(runs, again) if begun else ''}")
     except KeyboardInterrupt:  # a single run ends in order by itself; here it had not begun, or others were cut short
-        print(f"\nmadsim: stopped{way_on(runs, grid)}", file=sys.stderr)
+        print(f"\nmadsim: stopped{way_on(runs, again)}", file=sys.stderr)
         return 130
     done = {folder: result for folder, result in zip(runs, results) if isinstance(result, Result)}
-    if grid:
+    if "experiment" in given:
         tabulate_all(given)
     else:
-        report_all(done)
+        report_all(planned, done)
     for error in (result for result in results if not isinstance(result, Result)):
         print(f"madsim: {error}", file=sys.stderr)
     if len(done) < len(runs):
@@ -421,45 +434,27 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if all(result.summary["complete"] for result in done.values()) else 130
 
 
-def report_all(results: dict[Path, Result]) -> None:
-    """What came of the runs, each and over seeds, and how to draw them."""
+def report_all(planned: dict[Path, Config], results: dict[Path, Result]) -> None:
+    """What came of the runs just ended, each, of all that were asked for over seeds, and how to draw them."""
     for folder, result in results.items():
         report(result, folder)
-    cells = {folder: (run_name(replace(r.config, seed=0)).removesuffix("-s0"), "") for folder, r in results.items()}
-    if len(set(cells.values())) < len(cells):
+    there = {folder: config for folder, config in planned.items() if (folder / "summary.json").is_file()}
+    cells = [(folder, run_name(replace(config, seed=0)).removesuffix("-s0"), "") for folder, config in there.items()]
+    if len({kind for _, kind, _ in cells}) < len(cells):
         report_seeds(tidy(cells))
-    if any(len(result.rounds) for result in results.values()):
-        print(f"Figures      python plot.py {common_folder(results)}")
+    if there and (results or len(planned) > 1):
+        print(f"Figures      python {script('plot.py')} {common_folder(there)}")
 
 
 def tabulate_all(given: dict) -> None:
     """The tables of the experiments that were asked for, with what earlier calls have run of them with other seeds."""
     for folder, cells in plan_experiments(given).items():
         seeds = sorted({*seeds_of(given), *seeds_in(folder)})
-        runs = {folder / run_name(replace(config, seed=seed)): cell for cell, config in cells.items() for seed in seeds}
+        runs = [(folder / run_name(replace(run, seed=seed)), *cell) for cell, run in cells.items() for seed in seeds]
         asked = {name: value for name, value in given.items() if name not in ELSEWHERE} | {"experiment": folder.name}
         words = [f"{option(name)} {value}" for name, value in asked.items()]
         tabulate(folder, runs, f"python madsim.py {' '.join(words)}")
 
 
-def command() -> int:
-    """`main` as the shell's command, whatever becomes of its output."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends a run as Ctrl-C does
-    streams = [stream for stream in (sys.stdout, sys.stderr) if stream]  # None: closed by whoever started us
-    for stream in streams:
-        stream.reconfigure(errors="backslashreplace")  # a folder's name need not be text
-    try:
-        try:
-            return main()
-        finally:
-            for stream in streams:
-                stream.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what it still holds is not tried again
-        if not isinstance(error, BrokenPipeError):  # `| head` has read enough, the disk under a log file is full
-            print(f"madsim: the output can't be written: {error}", file=sys.stderr)
-        return 1
-
-
 if __name__ == "__main__":
-    sys.exit(command())
+    sys.exit(as_command(main))

@@ -38,6 +38,7 @@ from bench.results import (
     title,
     variants,
 )
+from bench.shell import as_command
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -305,30 +306,39 @@ def figures(runs: Sequence[Run], folder: Path) -> Iterator[tuple[Path, Figure]]:
     def experiment(run: Run) -> Path:
         return run.folder.relative_to(folder).parent
 
-    for run in [run for run in runs if run.samples][:1]:
+    for run in sorted((run for run in runs if run.samples), key=lambda run: run.data.startswith("phantom"))[:1]:
         yield Path("fig2"), samples_figure(run)
     for group, members in groupby(sorted(runs, key=experiment), key=experiment):
         members = sorted(members, key=by_start)
         for name, figure in grid_figures(folder / group / "table.csv"):
             yield group / name, figure
         if len(kinds := bundles(members)) > MOST_LINES:
-            print(f"{folder / group}: {len(kinds)} kinds of runs are too many for one figure of lines", file=sys.stderr)
-            continue
-        measured = [run for run in members if len(run.membership)]
-        if measured:
-            yield group / "membership", membership_figure(measured)
-        for name, plot in zip(CURVES, (plot_loss, plot_accuracy, plot_honest_accuracy)):
-            drawable = [run for run in members if run.rounds[name].notna().any()]
-            if drawable:
-                figure, ax = new_figure()
-                plot(ax, drawable)
+            many = f"{len(kinds)} kinds of runs are too many for one figure of lines"
+            print(f"{folder / group}: {many}; put those to compare into a folder of their own", file=sys.stderr)
+            if (folder / group / "table.csv").is_file():  # an experiment: its heat maps say it
+                continue
+        else:
+            for name, figure in comparisons(members):
                 yield group / name, figure
-        excluding = [run for run in members if run.jump]
-        if excluding:
-            yield group / "jump", jump_figure(excluding)
         for run in members:
             if run.clients[list(SCORES)].notna().any(axis=None):
                 yield group / f"trust-{run.name}", scores_figure(run)
+
+
+def comparisons(runs: Sequence[Run]) -> Iterator[tuple[str, Figure]]:
+    """The figures in which the runs of a folder are compared, with their names."""
+    measured = [run for run in runs if len(run.membership)]
+    if measured:
+        yield "membership", membership_figure(measured)
+    for name, plot in zip(CURVES, (plot_loss, plot_accuracy, plot_honest_accuracy)):
+        drawable = [run for run in runs if run.rounds[name].notna().any()]
+        if drawable:
+            figure, ax = new_figure()
+            plot(ax, drawable)
+            yield name, figure
+    excluding = [run for run in runs if run.jump]
+    if excluding:
+        yield "jump", jump_figure(excluding)
 
 
 def new_figure(rows: int = 1, columns: int = 1, height: float = 4.2, width: float = 8, sharex: bool = True):
@@ -371,6 +381,7 @@ def membership_figure(runs: Sequence[Run]) -> Figure:
         plot_membership(ax, runs, others)
         heading = ax.get_title("left").replace(f", against {OTHERS[others]}", "")
         ax.set_title(f"against {OTHERS[others]}", loc="left", fontsize="medium")
+    axes[0].set_xlabel("")
     figure.suptitle(heading, fontsize="medium", x=0.02, ha="left")
     return figure
 
@@ -389,7 +400,8 @@ def grid_figures(path: Path) -> Iterator[tuple[str, Figure]]:
         return
     seeds = ", ".join(map(str, sorted(table["seed"].unique())))
     data, rounds = (" and ".join(map(str, table[name].unique())) for name in ("data", "rounds"))
-    metric, share = f"last 10 of {rounds} rounds, mean ± standard deviation", f"after {rounds} rounds, mean"
+    span = min(10, table["rounds"].max())  # as the table has it
+    metric, share = f"last {span} of {rounds} rounds, mean ± standard deviation", f"after {rounds} rounds, mean"
     for name, heading in (METRICS | {"right": "Share of the clients judged rightly, and who was excluded"}).items():
         about = f"{data}, {share if name == 'right' else metric} over seeds {seeds}"
         figure, ax = new_figure(height=2 + 0.42 * rows, width=max(8, 3.5 + 0.85 * columns))
@@ -447,10 +459,12 @@ def main(argv: list[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(prog="plot.py", description="Draw the figures of all runs at or below a folder.")
     parser.add_argument("folder", type=Path, help="a results folder of madsim.py, or one run's")
-    parser.add_argument("--out", type=Path, help="where figures are written (default: FOLDER/figures)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where figures are written (default: FOLDER/figures)")
     parser.add_argument("--report", action="store_true", help="write a page with all of it besides: report.html")
-    parser.add_argument("--play", action="store_true", help="write a page that plays each run instead: play-RUN.html")
+    parser.add_argument("--play", action="store_true", help="write pages that play the runs, play-RUN.html, no figures")
     args = parser.parse_args(argv)
+    if args.play and args.report:
+        parser.exit(2, "plot: --play writes pages alone, --report needs the figures: ask for one after the other\n")
     out, pictures = args.out or args.folder / "figures", []
     try:
         with matplotlib.rc_context({"text.parse_math": False}):  # a $ in a folder's name is just that
@@ -464,14 +478,16 @@ def main(argv: list[str] | None = None) -> int:
                 out.mkdir(parents=True, exist_ok=True)
                 (out / "report.html").write_text(pages.report(runs, pictures, args.folder), encoding="utf-8")
                 print(out / "report.html")
+    except BrokenPipeError:  # `| head` has read enough
+        raise
     except OSError as error:
         print(f"plot: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    print(f"{len(pictures)} figure{'s' * (len(pictures) != 1)}, each as PNG and SVG")
+    print(f"{len(pictures)} figure{',' if len(pictures) == 1 else 's, each'} as PNG and SVG")
     return 0 if pictures else 2
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(as_command(main))

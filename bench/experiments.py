@@ -8,6 +8,7 @@ from itertools import product
 from pathlib import Path
 
 from bench.folder import identity, read_json, replace_file, rounded
+from bench.shell import script
 from trust import RULES
 
 LAST = 10  # ours: the rounds at a run's end that its table means
@@ -147,15 +148,15 @@ PAPER = ("fig3a", "fig3c")  # --experiment paper
 # ---------------------------------------------------------------- their tables
 
 
-def tidy(cells: dict[Path, tuple[str, str]]):
-    """A pandas frame of finished runs, given with the row and column that their folders belong to: one row a run, with
-    its settings and what came of it. Of the metrics, means over the last LAST rounds, and the `fluctuation`: the
+def tidy(cells: list[tuple[Path, str, str]]):
+    """A pandas frame of finished runs, given as folders with the row and column they belong to: one row a run, with its
+    settings and what came of it. Of the metrics, means over the last LAST rounds, and the `fluctuation`: the
     standard deviation of the honest clients' accuracy's change from round to round over them. Of the first exclusion,
     the `jump` of participants' loss and accuracy, and what of it is the `model`'s."""
     from pandas import DataFrame, read_csv
 
     rows = []
-    for folder, (row, column) in cells.items():
+    for folder, row, column in cells:
         if not (folder / "summary.json").is_file():  # it failed in its first round
             continue
         about, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
@@ -209,7 +210,7 @@ def markdown(texts, heading: str) -> str:
     return "\n".join([heading, "", *(f"| {' | '.join(cells)} |" for cells in lines), ""])
 
 
-def tabulate(folder: Path, cells: dict[Path, tuple[str, str]], command: str) -> None:
+def tabulate(folder: Path, cells: list[tuple[Path, str, str]], command: str) -> None:
     """Write an experiment's table.csv, a row a run, and table.md, a row a cell, and say the essence of it.
 
     `folder` bears the experiment's name, `cells` are as in `tidy`, `command` is what was asked for.
@@ -220,9 +221,10 @@ def tabulate(folder: Path, cells: dict[Path, tuple[str, str]], command: str) -> 
     texts, about = over_seeds(table), EXPERIMENTS[folder.name].about
     replace_file(folder / "table.csv", table.to_csv(index=False).encode())
     replace_file(folder / "table.md", markdown(texts, heading(folder.name, table, command)).encode())
-    print(f"\n{about}; last {span(table)} rounds, mean ± standard deviation over seeds")
+    print(f"\n{about}; last {span(table)} rounds, mean ± standard deviation over seeds.{scaled(folder.name, table)}")
     print(texts[["seeds", "attackers out", "honest out", "honest accuracy", "test accuracy"]].to_string())
-    print(f"Tables       {folder / 'table.md'}, {folder / 'table.csv'}\nFigures      python plot.py {folder}")
+    print(f"Tables       {folder / 'table.md'}, {folder / 'table.csv'}")
+    print(f"Figures      python {script('plot.py')} {folder}")
 
 
 def heading(name: str, table, command: str) -> str:
@@ -232,12 +234,17 @@ def heading(name: str, table, command: str) -> str:
     short = table[~table.complete]
     failed = [f"{run.row} {run.column}, seed {run.seed}, after round {run.last}" for run in short.itertuples()]
     ended = f" Ended early: {'; '.join(failed)}." * bool(failed)
-    own, rounds = EXPERIMENTS[name].rounds, int(table.rounds.max())
-    scaled = f" Rounds in the names are those of {own}, scaled to {rounds}." * (own != rounds)
     seeds = ", ".join(map(str, sorted(table.seed.unique())))
     return (
         f"# {name}: {EXPERIMENTS[name].about}\n\n"
-        f"`{command}`; {', '.join(table.data.unique())}; {rounds} rounds; seeds {seeds}; commit {commits}{dirty}. "
-        f"Mean ± sample standard deviation over the seeds; of losses and accuracies, of their means over the last "
-        f"{span(table)} rounds.{scaled}{ended}"
+        f"`{command}`; {', '.join(table.data.unique())}; {table.rounds.max()} rounds; seeds {seeds}; "
+        f"commit {commits}{dirty}. Mean ± sample standard deviation over the seeds (of those runs that have the value, "
+        f"where that is said); of losses and accuracies, of their means over the last {span(table)} rounds."
+        f"{scaled(name, table)}{ended}"
     )
+
+
+def scaled(name: str, table) -> str:
+    """A sentence on an experiment's names where they speak of other rounds than were run."""
+    own, rounds = EXPERIMENTS[name].rounds, int(table.rounds.max())
+    return f" Rounds in the names are those of {own}, scaled to {rounds}." * (own != rounds)

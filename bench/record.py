@@ -87,7 +87,7 @@ class Log:
         self.bar = tqdm(
             total=self.config.rounds,
             initial=scores.round,
-            unit="round",
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}{postfix}]",
             desc=self.bar_name,
             disable=None if self.bar_name else True,  # None: no bar where the output is not a terminal
             dynamic_ncols=True,
@@ -196,6 +196,8 @@ class Log:
             self._summarise(complete=kind is None)
         for table in self.tables:
             table.close()
+        if self.bar and isinstance(error, ValueError):  # a rule has too few clients left
+            raise ValueError(f"round {self.last[1].round + 1}: {error}") from None
         return kind is KeyboardInterrupt and self.last is not None
 
     def frames(self):
@@ -212,6 +214,7 @@ class Log:
             "kept_rounds": [r for r in self.kept if r <= t],
             "seconds": round(sum(self.seconds[:t]), 3),
             "seconds_per_round": round(float(np.median(self.seconds[:t])), 4),
+            "training_images": [int(size) for size in self.members.sizes],
             "dataset": self.dataset.name,
             "note": self.dataset.note,
             "complete": complete,
@@ -338,7 +341,7 @@ def origin(members) -> dict:
         except (OSError, subprocess.CalledProcessError):
             return None
 
-    status = git("status", "--porcelain")
+    status = git("status", "--porcelain", "--untracked-files=no")
     packages = ("numpy", "scipy", "torch", "scikit-learn", "pandas")
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],

@@ -7,6 +7,7 @@ import io
 import json
 import reprlib
 import sys
+import textwrap
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -27,6 +28,11 @@ METRICS = {  # of an experiment, and how its heat maps call them
     "test_sensitivity": "Sensitivity (share of pneumonia found) on the test set",
 }  # fmt: skip
 LABELS = ("normal", "pneumonia")  # the data set's labels 0 and 1
+OF_ATTACKS = ("attack", "malicious", "flip", "attack_start", "attack_period")
+# By what runs are told apart, where they differ in it: of their data, of config.json, and of MAD's settings.
+TELLING = ("data", *OF_ATTACKS, "clients", "partition", "concentration", "rounds", "epochs", "batch_size", "lr")
+TELLING += ("clusters", "scale_floor", "threshold", "excluded")
+TITLE_WIDTH = 110  # characters in a line below a title
 SAMPLE_BYTES = 100_000  # of a run's samples.npz, unpacked, at most; madsim's have 3678
 # What config.json may hold under the names that are read here.
 KINDS = {
@@ -228,13 +234,17 @@ def strategy(run: Run) -> str:
 
 
 def variants(runs: Sequence[Run]) -> list[str]:
-    """What tells each run from the others, its seed aside: its strategy and which attack, on how many."""
-    fields = ("attack", "malicious", "flip", "attack_start", "attack_period")
-    fields += ("clients", "partition", "concentration", "rounds")
-    differing = [name for name in fields if len({run.config.get(name) for run in runs if run.attacked}) > 1]
+    """What tells each run from the others, its seed aside: its strategy, and what else differs of TELLING."""
+
+    def settings(run: Run) -> dict:
+        every = {"data": run.data} | run.config | (run.config.get("settings") or {})
+        return {name: every.get(name) for name in TELLING if run.attacked or name not in OF_ATTACKS}
+
+    each = [settings(run) for run in runs]
+    values = {name: {str(found[name]) for found in each if name in found} for name in TELLING}
     texts = []
-    for run in runs:
-        details = [f"{name} {run.config.get(name)}" for name in differing if run.attacked]
+    for run, found in zip(runs, each):
+        details = [f"{name} {value}" for name, value in found.items() if len(values[name]) > 1]
         texts.append(", ".join([strategy(run), *details]))
     # What still looks alike, say two presets of MAD, is told apart by the folder's name.
     keys = [(text, run.config.get("seed")) for text, run in zip(texts, runs)]
@@ -248,7 +258,8 @@ def title(subject: str, runs: Sequence[Run]) -> str:
     length = " and ".join(dict.fromkeys(run.length for run in runs))
     seeds = sorted({run.config["seed"] for run in runs if "seed" in run.config})
     word = {0: "seed unknown", 1: "seed "}.get(len(seeds), "seeds ")
-    return f"{subject}\n{data}, {length}, {word}{', '.join(map(str, seeds))}"
+    about = f"{data}, {length}, {word}{', '.join(map(str, seeds))}"
+    return "\n".join([subject, *textwrap.wrap(about, TITLE_WIDTH)])
 
 
 def by_start(run: Run) -> tuple:

@@ -11,6 +11,7 @@ from pathlib import Path
 import data
 from bench.experiments import EXPERIMENTS, PAPER, over_seeds, span
 from bench.folder import unfinished
+from bench.shell import script
 from trust import PRESETS, RULES, Settings
 
 ROUND_SECONDS = 0.012  # measured, a client and epoch, on two cores: for the preview alone
@@ -49,10 +50,12 @@ def introduce(runs: dict, dataset: data.Dataset) -> None:
     if dataset.note:
         print(f"PHANTOM IMAGES, not PneumoniaMNIST: {dataset.note}", file=sys.stderr)
     clients = " or ".join(str(n) for n in sorted({config.clients for config in runs.values()}))
+    counts = {data.malicious_count(config.clients, config.malicious) for config in runs.values()}
+    malicious = " or ".join(str(n) for n in sorted(counts))
     rounds = sum(config.rounds for config in runs.values())
     seconds = sum(config.rounds * config.clients * config.epochs * ROUND_SECONDS for config in runs.values())
     print(
-        f"{dataset.name}, {len(dataset.train_labels)} training images; {clients} clients; "
+        f"{dataset.name}, {len(dataset.train_labels)} training images; {clients} clients, {malicious} malicious; "
         f"{len(runs)} run{'s' * (len(runs) > 1)}, {rounds} rounds in all, about {minutes(seconds)} on two cores"
     )
 
@@ -101,7 +104,7 @@ def report(result, folder: Path) -> None:
         ("             honest clients", "honest_accuracy"), ("             test set", "test_accuracy"),
     ):  # fmt: skip
         print(f"{label:<13}" + "".join(f"{values[column]:>12.3f}" for values in times.values()))
-    print(f"Time         {s['seconds']:.1f} s, {s['seconds_per_round']:.3f} s a round")
+    print(f"Time         {s['seconds']:.1f} s, {s['seconds_per_round']:.3f} s a round (median)")
 
 
 def report_seeds(table) -> None:
@@ -112,11 +115,10 @@ def report_seeds(table) -> None:
         print("".join(f"             {label:<22}{text}\n" for label, text in texts.items() if text), end="")
 
 
-def way_on(folders: Collection[Path], grid: bool = False) -> str:
-    """How to go on with those of the runs that were begun and not finished, and which were not even begun."""
-    cut_short, absent = unfinished(folders), [str(folder) for folder in folders if not folder.exists()]
-    if grid:
-        return "; the same command goes on" if len(absent) < len(folders) else ""
-    not_begun = f"; not begun: {', '.join(absent)}" if absent and len(folders) > 1 else ""
-    command = shlex.join(["python", "madsim.py", "--resume", *map(str, cut_short)])
-    return not_begun + (f"; go on with: {command}" if cut_short else "")
+def way_on(folders: Collection[Path], overwrite: bool = False) -> str:
+    """How to go on with runs of which some were begun and not finished, by a command that was to `overwrite` others."""
+    if len(folders) > 1:
+        without = "without --overwrite " * overwrite
+        return f"; the same command {without}goes on" if any(folder.exists() for folder in folders) else ""
+    command = shlex.join(["python", script("madsim.py"), "--resume", *map(str, unfinished(folders))])
+    return f"; go on with: {command}" if unfinished(folders) else ""

@@ -293,8 +293,7 @@ def test_ctrl_c_ends_several_runs_in_one_line(tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in err
-    folders = [tmp_path / f"{mad}-rounds100000-phantom-s0" for mad in ("mad5", "nomad")]
-    assert f"madsim: stopped; go on with: python madsim.py --resume {folders[0]} {folders[1]}\n" in err
+    assert "madsim: stopped; the same command goes on\n" in err
     assert [len(pd.read_csv(table)) > 2 for table in tmp_path.rglob("rounds.csv")] == [True, True]
 
 

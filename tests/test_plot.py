@@ -445,7 +445,7 @@ def test_an_experiment_of_many_runs_is_drawn_as_heat_maps_alone(tmp_path, capsys
     out, err = capsys.readouterr()
     names = [Path(line).name for line in out.splitlines()[:-1]]
     assert names == ["fig2.png", *(f"grid-{name}.png" for name in (*plot.METRICS, "exclusions"))]
-    assert f"{tmp_path / 'big'}: 10 kinds of runs are too many for one figure of lines\n" in err
+    assert f"{tmp_path / 'big'}: 10 kinds of runs are too many for one figure of lines;" in err
 
 
 def test_an_experiment_of_one_column_has_no_heat_map(tmp_path):

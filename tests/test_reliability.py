@@ -288,14 +288,25 @@ def test_several_runs_are_resumed_at_once_in_any_number_of_processes(quick, tmp_
     assert all(about["resumed"][0]["machine"]["threads"] == os.cpu_count() for about in threads)
 
 
-def test_an_interruption_ends_all_of_several_runs_in_one_process(quick, tmp_path, capsys, monkeypatch):
-    stop_in(monkeypatch, 2, interrupt)
+def test_an_interruption_ends_all_of_several_runs_in_one_process_and_they_go_on(quick, tmp_path, capsys, monkeypatch):
     words = "--rounds 3 --clients 4 --malicious 0.25 --dataset phantom --jobs 1 --mad-start 2 never"
-    assert main([*words.split(), "--out", str(tmp_path)]) == 130
+    words = [*words.split(), "--out", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        stop_in(patch, 2, interrupt)
+        assert main(words) == 130
     (cut,) = tmp_path.iterdir()  # the second was not begun
-    err = capsys.readouterr().err
-    assert f"not begun: {tmp_path / 'nomad-rounds3-clients4-malicious0.25-phantom-s0'}; go on with" in err
-    assert f"--resume {cut}\n" in err
+    assert capsys.readouterr().err == "\nmadsim: stopped; the same command goes on\n"
+    assert main(words) == 0
+    assert {path.name for path in tmp_path.iterdir()} > {cut.name}
+    for path in tmp_path.iterdir():
+        assert (path / CSV[0]).read_bytes().count(b"\n") == 4
+    capsys.readouterr()
+    assert main(words) == 0  # there is nothing left to do
+    assert capsys.readouterr().out.count(" is complete\n") == 2
+    with monkeypatch.context() as patch:
+        stop_in(patch, 2, interrupt)
+        assert main([*words, "--overwrite"]) == 130
+    assert "stopped; the same command without --overwrite goes on\n" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -813,7 +824,7 @@ def with_fields(**changed):
 
 
 FOLDERS = {
-    "no folder": (shutil.rmtree, "is not a run's folder: it holds no config.json"),
+    "no folder": (shutil.rmtree, "is not a run's folder: there is no such folder"),
     "no config.json": (lambda folder: (folder / "config.json").unlink(), "it holds no config.json"),
     "half a config.json": (lambda folder: cut_in_half(folder / "config.json"), "config.json is damaged: "),
     "a deep config.json": (rewritten("[" * 10**5), "config.json is damaged: "),
@@ -1021,15 +1032,15 @@ def test_several_runs_in_different_places_are_resumed(quick, tmp_path, capsys, m
     for jobs in ("0", "-3"):
         assert f"jobs {jobs} must be at least 1" in refusal(capsys, "--resume", *folders, "--jobs", jobs)
     assert main(["--resume", *map(str, folders), "--jobs", "1"]) == 0
-    assert capsys.readouterr().out.endswith("Figures      python plot.py .\n")
+    assert capsys.readouterr().out.endswith(f"Figures      python {HERE / 'plot.py'} .\n")
 
 
 def test_output_that_is_closed_or_is_no_text_is_no_traceback(tmp_path):
     madsim_py = f"{sys.executable} {HERE / 'madsim.py'}"
     environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict", "PYTHONUNBUFFERED": ""}
     for words, status, line in (
-        (f"{madsim_py} --resume absent >&-", 2, "madsim: absent is not a run's folder: it holds no config.json\n"),
-        (f"{madsim_py} --resume $'\\xff'", 2, "madsim: \\udcff is not a run's folder: it holds no config.json\n"),
+        (f"{madsim_py} --resume absent >&-", 2, "madsim: absent is not a run's folder: there is no such folder\n"),
+        (f"{madsim_py} --resume $'\\xff'", 2, "madsim: \\udcff is not a run's folder: there is no such folder\n"),
         (
             f"{madsim_py} --help > /dev/full",
             1,

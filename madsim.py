@@ -18,10 +18,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import get_args
 
-# Idle threads sleep rather than spin. Numpy's would spin on the cores that PyTorch computes on; PyTorch's own, beside
-# another busy program, on those that the thread which they wait for needs: a round then took ten times as long.
+# The idle threads of OpenBLAS, which numpy brings, would spin on the cores that PyTorch computes on.
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
 

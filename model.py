@@ -423,7 +423,8 @@ ATTACKS: dict[str, Callable[[Tensor, Tensor, np.random.Generator], Tensor]] = {
 
 def hug(W: Tensor, honest: Tensor, w: Tensor, rng: np.random.Generator) -> Tensor:
     """Ours: knows MAD, flips labels, stays near enough to be kept. It sees every model, and goes from the honest
-    clients' centre towards what it has trained only as far as MAD calls nobody outlying."""
+    clients' centre towards what it has trained, no farther than 1.2 times their median distance from it: MAD calls
+    nobody outlying within 1.25 times the greatest such median so far."""
     if not len(honest):  # all excluded: nothing is left to hide from
         return W
     centre = honest.mean(0)

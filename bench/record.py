@@ -42,6 +42,9 @@ PLANE_COLUMNS = ["round", "client", "x", "y"]
 INTEGERS = {"round", "client", "malicious", "active"}
 SHOWN_CLIENTS = 50  # ours: of so many at most where the models lie is recorded; at 100 it would take 6 % of a round
 CHECKPOINT_SECONDS = 1.0  # ours: so much, and a round, is what a kill loses; a checkpoint takes some 2 ms
+ROUND_SECONDS = 0.012  # measured, a client and epoch, on two cores
+SLOW = 10  # ours: times the usual length of a round; beside two busy programs a run of two threads took 100 times it
+SLOW_AFTER = 5  # ours: rounds of which the terminal tells that they are slow
 
 
 class Log:
@@ -81,7 +84,7 @@ class Log:
             w, scores = self._reopen(w, scores)
         else:
             self._create()
-        self.lap = time.perf_counter()
+        self.begun, self.lap = scores.round, time.perf_counter()
         self.last = w, scores, self.last_marks()
         self.save()
         self.bar = tqdm(
@@ -161,6 +164,15 @@ class Log:
             self.save()
         self.bar.set_postfix_str(f"accuracy {means[1]:.3f}, active {who.sum()}", refresh=False)
         self.bar.update()
+        if self.bar_name and t == self.begun + SLOW_AFTER:
+            self._tell_if_slow()
+
+    def _tell_if_slow(self) -> None:
+        """Say what helps where threads seem to wait for each other: each has another busy program's turn to sit out."""
+        a_round = float(np.median(self.seconds[-SLOW_AFTER:]))
+        if a_round > SLOW * usual_seconds(self.config, 1) and self.members.threads > 1:
+            hint = "if other programs are busy, stop (Ctrl-C) and go on with --threads 1"
+            self.bar.write(f"A round takes {a_round:.1f} s, which is slow: {hint}", file=sys.stderr)
 
     def _points(self, t: int, W: np.ndarray, scores: State) -> list[list]:
         """The rows of plane.csv: where the submissions W [C, P] lie, for plot.py to play."""
@@ -325,6 +337,11 @@ def plane(W: Array, spread: float, settings: Settings, before: Array | None = No
     if known.any():
         points = points @ orthogonal_procrustes(points[known], before[known])[0]
     return points
+
+
+def usual_seconds(config, rounds: int) -> float:
+    """About how long so many rounds take on two cores with nothing else to do."""
+    return rounds * config.clients * config.epochs * ROUND_SECONDS
 
 
 # ---------------------------------------------------------------- config.json and summary.json

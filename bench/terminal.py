@@ -11,10 +11,9 @@ from pathlib import Path
 import data
 from bench.experiments import EXPERIMENTS, PAPER, over_seeds, span
 from bench.folder import unfinished
+from bench.record import usual_seconds
 from bench.shell import script
 from trust import PRESETS, RULES, Settings
-
-ROUND_SECONDS = 0.012  # measured, a client and epoch, on two cores: for the preview alone
 
 
 def list_names() -> None:
@@ -53,7 +52,7 @@ def introduce(runs: dict, dataset: data.Dataset) -> None:
     counts = {data.malicious_count(config.clients, config.malicious) for config in runs.values()}
     malicious = " or ".join(str(n) for n in sorted(counts))
     rounds = sum(config.rounds for config in runs.values())
-    seconds = sum(config.rounds * config.clients * config.epochs * ROUND_SECONDS for config in runs.values())
+    seconds = sum(usual_seconds(config, config.rounds) for config in runs.values())
     print(
         f"{dataset.name}, {len(dataset.train_labels)} training images; {clients} clients, {malicious} malicious; "
         f"{len(runs)} run{'s' * (len(runs) > 1)}, {rounds} rounds in all, about {minutes(seconds)} on two cores"

@@ -191,6 +191,12 @@ def test_the_worked_example_of_the_lesson():
     assert state.distance.tolist() == pytest.approx([1, 0, 1, 9])
     assert state.d.tolist() == pytest.approx([8 / 9, 1, 8 / 9, 0])
     assert trust.mad_step(W, state, 3, 3, trust.Settings()).active.tolist() == [True, True, True, False]
+    W[3] = 3
+    fresh = trust.initial_state(4)
+    first = trust.mad_step(W, fresh, 1, 1, trust.Settings())
+    assert first.d.tolist() == pytest.approx([0.5, 1, 1, 0.5]) and first.active.tolist() == [False, True, True, False]
+    second = trust.mad_step(W, trust.mad_step(W, fresh, 1, 2, trust.Settings()), 2, 2, trust.Settings())
+    assert second.active.all() and f"{second.trust[3]:.3f}" == "0.419" and "Their trust is 0 in round 1, 0.419" in lesson
 
 
 def test_the_lessons_commands_are_understood():

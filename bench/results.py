@@ -237,7 +237,7 @@ def variants(runs: Sequence[Run]) -> list[str]:
     """What tells each run from the others, its seed aside: its strategy, and what else differs of TELLING."""
 
     def settings(run: Run) -> dict:
-        every = {"data": run.data} | run.config | (run.config.get("settings") or {})
+        every = run.config | (run.config.get("settings") or {}) | {"data": run.data}
         return {name: every.get(name) for name in TELLING if run.attacked or name not in OF_ATTACKS}
 
     each = [settings(run) for run in runs]

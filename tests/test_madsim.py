@@ -206,7 +206,10 @@ def test_several_mad_starts_and_seeds_make_several_runs(quick, tmp_path, capsys)
         ),
         ("--backend dask --scheduler tcp://localhost:1 --jobs 2", "--jobs is of this machine"),
         ("--mad-start soon", "--mad-start: 'soon' is neither a round nor 'never'"),
-        ("--no-such-option", "unrecognized arguments: --no-such-option"),
+        ("--mad-start 5,20", "'5,20' is neither a round nor 'never', apart by spaces"),
+        ("--no-such-option", "unrecognized arguments: --no-such-option\n"),
+        ("--mad_start 5", "unrecognized arguments: --mad_start 5; did you mean --mad-start?"),
+        ("--attacks noise", "unrecognized arguments: --attacks noise; did you mean --attack?"),
         ("--dataset phantom --clients 3000", "3000 clients can't share 4708 images"),
         ("--rounds 10 --mad-start 3 3", None),
     ],
@@ -254,6 +257,23 @@ def test_a_place_that_can_not_be_written_gets_one_line(capsys, tmp_path, quick):
     (tmp_path / "file").write_text("")
     line = refusal(capsys, "--rounds", "1", "--dataset", "phantom", "--out", tmp_path / "file" / "results")
     assert str(tmp_path / "file") in line
+
+
+def test_a_data_root_that_is_a_file_gets_one_line(capsys, tmp_path):
+    (tmp_path / data.FILE).write_bytes(b"")
+    for dataset in ("auto", "pneumoniamnist"):
+        root = ("--data-root", tmp_path / data.FILE, "--dataset", dataset)
+        assert f"{tmp_path / data.FILE} is a file" in refusal(capsys, *root, "--out", tmp_path / "out")
+
+
+def test_a_rule_that_mad_leaves_too_few_clients_ends_in_one_line_that_names_the_round(capsys, tmp_path, quick):
+    """Plain min-max excludes somebody each round; Krum needs 3 clients, and keeps the rounds that it had."""
+    words = "--rounds 9 --mad-start 1 --clients 5 --malicious 0 --clusters 1 --scale-floor 0 --rule krum"
+    line = refusal(capsys, *words.split(), "--dataset", "phantom", "--out", tmp_path)
+    t = int(re.search(r"madsim: round (\d+): krum needs 3 clients to withstand 0 malicious ones", line)[1])
+    (folder,) = tmp_path.iterdir()
+    assert t > 1 and len((folder / "rounds.csv").read_text().splitlines()) == t  # the head, and the rounds before
+    assert not json.loads((folder / "summary.json").read_text())["complete"]
 
 
 def test_a_damaged_data_file_gets_one_line(capsys, tmp_path):

@@ -147,6 +147,14 @@ def test_the_page_is_not_wider_than_a_phone(tmp_path, width):
 # ---------------------------------------------------------------- the page that reports runs
 
 
+def test_pages_that_play_and_a_report_are_asked_for_one_after_the_other(tmp_path, capsys):
+    make_run(tmp_path / "a")
+    with pytest.raises(SystemExit) as stop:
+        plot.main([str(tmp_path), "--play", "--report"])
+    assert stop.value.code == 2 and "ask for one after the other\n" in capsys.readouterr().err
+    assert not (tmp_path / "figures").exists()
+
+
 def test_a_report_holds_table_figures_and_settings(tmp_path, capsys):
     make_run(tmp_path / "r" / "a", attack="label_flip")
     make_run(tmp_path / "r" / "b", data="<i>", malicious=0, mad_start=None, seed=7, client_rows=CLIENT_ROWS[:2])

@@ -194,6 +194,21 @@ def test_label_tells_what_differs_among_attacked_runs(tmp_path):
     ]  # fmt: skip
 
 
+def test_label_tells_runs_of_other_data_or_settings_apart(tmp_path):
+    runs = [loaded(tmp_path / "a"), loaded(tmp_path / "b", settings={"threshold": 0.3})]
+    runs += [loaded(tmp_path / "c", data="phantom")]
+    assert [label.removeprefix("MAD from round 3, ") for label in plot.variants(runs)] == [
+        "data PneumoniaMNIST, threshold 0.15", "data PneumoniaMNIST, threshold 0.3", "data phantom images, threshold 0.15",
+    ]  # fmt: skip
+
+
+def test_a_long_title_is_wrapped(tmp_path):
+    runs = [loaded(tmp_path / str(seed), seed=seed * 10**9) for seed in range(1, 20)]
+    first, *rest = plot.title("Loss", runs).splitlines()
+    assert first == "Loss" and len(rest) > 1 and max(map(len, rest)) <= 110
+    assert " ".join(rest).endswith(f"seeds {', '.join(str(run.config['seed']) for run in runs)}")
+
+
 def test_runs_that_would_look_alike_are_told_by_their_folders(tmp_path):
     runs = [loaded(tmp_path / "mad3-s0"), loaded(tmp_path / "mad3-testbed-s0"), loaded(tmp_path / "n", mad_start=None)]
     assert plot.variants(runs) == [

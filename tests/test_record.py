@@ -13,6 +13,7 @@ from sklearn.decomposition import PCA
 import data
 import madsim
 import model
+from bench import record
 from bench.folder import without_nan
 from bench.membership import MembershipInference, chance_advantage, membership_advantage
 from bench.record import MEMBERSHIP_COLUMNS, held, jump, plane, summarise
@@ -58,6 +59,13 @@ def test_config_json_holds_what_is_needed_to_run_it_again(small, tmp_path):
     assert set(written["versions"]) >= {"python", "numpy", "torch", "scikit-learn"}
     assert set(written["git"]) == {"commit", "dirty"}
     assert written["command"]
+
+
+@pytest.mark.parametrize(("usual", "threads", "told"), [(1e-9, 2, True), (1e-9, 1, False), (1e3, 2, False)])
+def test_rounds_that_are_far_too_slow_are_told_of_once(usual, threads, told, small, monkeypatch, capsys):
+    monkeypatch.setattr(record, "ROUND_SECONDS", usual)
+    simulate(Config(rounds=7, threads=threads), dataset=small, bar=True)
+    assert capsys.readouterr().err.count("go on with --threads 1") == told
 
 
 def test_the_rounds_are_the_means_of_the_clients(small):

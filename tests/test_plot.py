@@ -198,7 +198,8 @@ def test_label_tells_runs_of_other_data_or_settings_apart(tmp_path):
     runs = [loaded(tmp_path / "a"), loaded(tmp_path / "b", settings={"threshold": 0.3})]
     runs += [loaded(tmp_path / "c", data="phantom")]
     assert [label.removeprefix("MAD from round 3, ") for label in plot.variants(runs)] == [
-        "data PneumoniaMNIST, threshold 0.15", "data PneumoniaMNIST, threshold 0.3", "data phantom images, threshold 0.15",
+        "data PneumoniaMNIST, threshold 0.15", "data PneumoniaMNIST, threshold 0.3",
+        "data phantom images, threshold 0.15",
     ]  # fmt: skip
 
 

@@ -277,7 +277,7 @@ class Table:
         if next(lines, "").strip() != ",".join(self.columns) or content.count(b"\n") > len(self.values) + 1:
             raise ValueError(f"{self.path} has other columns or more rows than its run")
         for row, line in enumerate(lines):
-            self.values[row] = [float(value or "nan") for value in line.split(",")]
+            self.values[row] = [float(value or "nan") for value in line.rstrip("\n").split(",")]
         self.mark, self.filled = (size, crc), content.count(b"\n") - 1
 
     def cut(self) -> None:

@@ -71,13 +71,16 @@ def interrupt():
 
 @pytest.fixture(scope="module")
 def stopped_and_whole(tiny, tmp_path_factory) -> Path:
-    """A folder with the folders of a run that was stopped in round 4 of 6, and of the same run that never was."""
-    config, place = Config(rounds=6, mad_start=3, dataset="phantom"), tmp_path_factory.mktemp("runs")
+    """A folder with the folders of a run that was stopped in round 4 of 6, and of the same run that never was.
+
+    Two clients are gone by then, in round 2, so that some fields are empty."""
+    config = Config(rounds=6, mad_start=3, dataset="phantom", attack="nan", attack_start=2)
+    place = tmp_path_factory.mktemp("runs")
     simulate(config, place / "whole", dataset=tiny)
     with pytest.MonkeyPatch.context() as patch:
         stop_in(patch, 4, interrupt)
         result = simulate(config, place / "stopped", dataset=tiny)
-    assert not result.summary["complete"] and len(result.rounds) == 3
+    assert not result.summary["complete"] and len(result.rounds) == 3 and set(result.summary["excluded"].values()) == {2}
     return place
 
 
@@ -95,7 +98,7 @@ def resume(folder: Path, dataset: data.Dataset) -> madsim.Result:
 # ---------------------------------------------------------------- killed
 
 # Runs that kill themselves with SIGKILL: at a moment of their own work, counted, or after some seconds (a number).
-# They are forks of a process that has trained a round before, which saves every one of them some seconds.
+# They are forks of a process that has trained some rounds before, which saves every one of them some seconds.
 KILLED = """
 import json, os, signal, sys, threading
 import numpy as np
@@ -137,12 +140,13 @@ arrays, folder, moments = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 record.CHECKPOINT_SECONDS = 0.03
 with np.load(arrays) as found:
     dataset = data.Dataset(*(found[name] for name in ("a", "b", "c", "d")), name="tiny", md5="none")
-madsim.simulate(madsim.Config(rounds=1, malicious=0.0), dataset=dataset)
+madsim.simulate(madsim.Config(rounds=3, attack="nan", attack_start=2), dataset=dataset)  # with all, and without two
 for i, (moment, count) in enumerate(moments):
     process = os.fork()
     if not process:
         prepare(moment, count)
-        madsim.simulate(madsim.Config(rounds=40, mad_start=15), os.path.join(folder, str(i)), dataset=dataset)
+        config = madsim.Config(rounds=40, mad_start=15, attack="nan", attack_start=5)
+        madsim.simulate(config, os.path.join(folder, str(i)), dataset=dataset)
         os._exit(0)
     print(os.waitpid(process, 0)[1], flush=True)
 """
@@ -155,7 +159,7 @@ MOMENTS = [  # and the how manieth of its kind; a checkpoint syncs four files, c
 
 def test_a_kill_at_any_moment_loses_nothing_for_good(tiny, tmp_path):
     """SIGKILL while a row or a checkpoint is written and at random moments: the run that goes on gives the bytes of
-    the run that was never killed."""
+    the run that was never killed. Two clients submit NaN from round 5 on, so that most go on without them."""
     arrays = (tiny.train_images, tiny.train_labels, tiny.test_images, tiny.test_labels)
     np.savez(tmp_path / "arrays.npz", **dict(zip("abcd", arrays)))
     seed = time.time_ns()
@@ -165,7 +169,7 @@ def test_a_kill_at_any_moment_loses_nothing_for_good(tiny, tmp_path):
         [sys.executable, "-c", KILLED, tmp_path / "arrays.npz", tmp_path, json.dumps(moments)],
         cwd=HERE, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
-    simulate(Config(rounds=40, mad_start=15), tmp_path / "whole", dataset=tiny)
+    simulate(Config(rounds=40, mad_start=15, attack="nan", attack_start=5), tmp_path / "whole", dataset=tiny)
     whole, rounds = csv_bytes(tmp_path / "whole"), []
     assert [int(line) for line in runs.communicate()[0].split()] == [signal.SIGKILL] * len(moments)
     for i, (moment, _) in enumerate(moments):
@@ -193,7 +197,7 @@ def test_rows_beyond_the_checkpoint_and_a_torn_last_one_are_dropped(stopped, tin
 
 def test_a_resumed_run_gives_the_result_of_the_whole_one(stopped, tiny, tmp_path):
     folder, _ = stopped
-    resumed, whole = resume(folder, tiny), simulate(Config(rounds=6, mad_start=3), dataset=tiny)
+    resumed, whole = resume(folder, tiny), simulate(read_config(folder), dataset=tiny)
     for name in ("rounds", "clients"):
         assert getattr(resumed, name).equals(getattr(whole, name))
         assert (getattr(resumed, name).dtypes == getattr(whole, name).dtypes).all()

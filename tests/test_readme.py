@@ -158,7 +158,7 @@ MAIN = [
     ("attacks", "hug, 40 % malicious", "MAD from 10", "false_exclusions", "2.0 ± 2.8"),
     ("attacks", "hug, 40 % malicious", "MAD from 10", "honest_accuracy", "0.767 ± 0.399"),
     ("attacks", "one_way_flip", "never", "test_accuracy", "0.882 ± 0.008"),
-    ("defences", "lfighter", "one_way_flip", "honest_accuracy", "0.921 ± 0.032"),
+    ("defences", "lfighter", "one_way_flip", "honest_accuracy", "0.912 ± 0.031"),
     ("defences", "krum", "hug", "honest_accuracy", "0.849 ± 0.015"),
     ("readings", "preset testbed", "0%, MAD from 5", "false_exclusions", "10.0 ± 0.0"),
     ("readings", "preset paper", "0%, MAD from 5", "false_exclusions", "0.0 ± 0.0"),

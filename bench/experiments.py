@@ -42,24 +42,29 @@ class Experiment:
     def cells(self, given: dict) -> dict[tuple[str, str], dict]:
         """The options of each cell, by its row's and column's names: those `given` and its own.
 
-        Other rounds than the experiment's scale whatever starts in a round or lasts for some.
+        Other rounds than the experiment's scale what it lets start in a round or last for some.
         """
         rounds = given.get("rounds", self.rounds)
         found = {}
         for row, column in product(self.rows, self.columns):
-            options = given | {"rounds": rounds} | self.rows[row] | self.columns[column]
+            own = self.rows[row] | self.columns[column]
             for name in ("mad_start", "attack_start", "attack_period"):
-                if options.get(name):
-                    options[name] = max(1, round(options[name] * rounds / self.rounds))
-            if options.get("membership"):
-                options["membership"] = max(1, min(options["membership"], rounds))
-            found[row, column] = options
+                if own.get(name):
+                    own[name] = max(1, round(own[name] * rounds / self.rounds))
+            if own.get("membership"):
+                own["membership"] = max(1, min(own["membership"], rounds))
+            found[row, column] = given | {"rounds": rounds} | own
         return found
 
 
 def mad_from(*starts: int | None) -> dict[str, dict]:
     """Rows or columns of an experiment by the round in which MAD starts (None: never)."""
     return {f"MAD from {start}" if start else "never": {"mad_start": start} for start in starts}
+
+
+def dropped_or_observed(name: str, options: dict) -> dict[str, dict]:
+    """Two rows for one reading: the excluded are dropped, or still clustered and scored."""
+    return {name: options, f"{name}, observed": options | {"excluded": "observed"}}
 
 
 FLIP = {"attack": "label_flip", "flip": 1.0, "malicious": 0.2}
@@ -82,14 +87,12 @@ EXPERIMENTS = {
         "readings of what the paper leaves open",
         60,
         {
-            "min-max, K = 1, dropped": MIN_MAX | {"clusters": 1},
-            "min-max, K = 2, dropped": MIN_MAX | ALWAYS_GROUPED,
-            "min-max, K = 1, observed": MIN_MAX | {"clusters": 1, "excluded": "observed"},
-            "min-max, K = 2, observed": MIN_MAX | ALWAYS_GROUPED | {"excluded": "observed"},
-            "floor of 2, K = 1": {"scale_floor": 2.0, "clusters": 1},
-            "floor of 2, K = 2": {"scale_floor": 2.0, "floored": "always"} | ALWAYS_GROUPED,
-            "silhouette alone": {"outlying": 0.0},
-            "preset paper": {},
+            **dropped_or_observed("min-max, K = 1", MIN_MAX | {"clusters": 1}),
+            **dropped_or_observed("min-max, K = 2", MIN_MAX | ALWAYS_GROUPED),
+            **dropped_or_observed("floor of 2, K = 1", {"scale_floor": 2.0, "clusters": 1}),
+            **dropped_or_observed("floor of 2, K = 2", {"scale_floor": 2.0, "floored": "always"} | ALWAYS_GROUPED),
+            **dropped_or_observed("silhouette alone", {"outlying": 0.0}),
+            **dropped_or_observed("preset paper", {}),
             "preset testbed": {"preset": "testbed"},
         },
         {

@@ -353,6 +353,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"{args.png} exists; name a new folder")
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        return 130
     if dataset.note:
         print(f"phantom images: {dataset.note}", file=sys.stderr)
     print(f"{count} {dataset.name} images of {args.clients} clients in {args.png}")

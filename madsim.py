@@ -25,7 +25,17 @@ import numpy as np
 
 import data
 from bench.experiments import EXPERIMENTS, PAPER, tabulate, tidy
-from bench.folder import CHECKPOINT, complete, hollow, identity, read_json, refuse_changes, refuse_folder, seeds_in
+from bench.folder import (
+    CHECKPOINT,
+    complete,
+    data_md5,
+    hollow,
+    identity,
+    read_json,
+    refuse_changes,
+    refuse_folder,
+    seeds_in,
+)
 from bench.record import Log
 from bench.several import simulate_all, workers
 from bench.shell import as_command, script
@@ -69,7 +79,7 @@ class Config:
     rule: str = setting("mean", "how active clients' models are aggregated", "paper", choices=RULES)
     epochs: int = setting(1, "local epochs a round", "testbed", low=1, high=100)
     batch_size: int = setting(20, "images a local step", "testbed", low=1)
-    lr: float = setting(1e-3, "learning rate of Adam", "testbed", low=0)
+    lr: float = setting(1e-3, "learning rate of Adam", "testbed", low=0, high=1000)
     membership: int | None = setting(
         None, "measure what the model tells of its training images, every so many rounds", "ours", low=1
     )
@@ -286,7 +296,7 @@ def plan(given: dict) -> dict[Path, Config]:
         raise ValueError("--quick is a run of its own, --experiment another thing; leave out one of them")
     if "quick" in given:
         rounds = given.get("rounds", QUICK)
-        given = {"rounds": rounds, "mad_start": [rounds // 2]} | given
+        given = {"rounds": rounds, "mad_start": [max(1, rounds // 2)]} | given
     if "experiment" in given:
         groups = {folder: [*cells.values()] for folder, cells in plan_experiments(given).items()}
     else:
@@ -386,7 +396,7 @@ def make_ready(planned: dict[Path, Config], given: dict) -> tuple[dict[Path, Con
     gather(first, dataset)
     for folder in finished:
         if not resume:
-            md5 = {"data's MD5": read_json(folder / "config.json").get("data", {}).get("md5")}
+            md5 = {"data's MD5": data_md5(folder)}
             now = identity(asdict(planned[folder])) | {"data's MD5": dataset.md5}
             refuse_changes(folder, identity(asdict(read_config(folder))) | md5, now)
         if "experiment" not in given:
@@ -421,10 +431,15 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\nmadsim: stopped{way_on(runs, again)}", file=sys.stderr)
         return 130
     done = {folder: result for folder, result in zip(runs, results) if isinstance(result, Result)}
-    if "experiment" in given:
-        tabulate_all(given)
-    else:
-        report_all(planned, done)
+    try:
+        if "experiment" in given:
+            tabulate_all(given, dataset.md5)
+        else:
+            report_all(planned, done)
+    except (ValueError, OSError) as error:  # of a run's files, or of a table's
+        if isinstance(error, OSError) and not error.filename:  # of the output
+            raise
+        parser.error(str(error))
     for error in (result for result in results if not isinstance(result, Result)):
         print(f"madsim: {error}", file=sys.stderr)
     if len(done) < len(runs):
@@ -444,11 +459,13 @@ def report_all(planned: dict[Path, Config], results: dict[Path, Result]) -> None
         print(f"Figures      python {script('plot.py')} {common_folder(there)}")
 
 
-def tabulate_all(given: dict) -> None:
-    """The tables of the experiments that were asked for, with what earlier calls have run of them with other seeds."""
+def tabulate_all(given: dict, md5: str) -> None:
+    """The tables of the experiments that were asked for, with what earlier calls have run of them with other seeds, on
+    the data of the same MD5."""
     for folder, cells in plan_experiments(given).items():
         seeds = sorted({*seeds_of(given), *seeds_in(folder)})
         runs = [(folder / run_name(replace(run, seed=seed)), *cell) for cell, run in cells.items() for seed in seeds]
+        runs = [run for run in runs if (run[0] / CHECKPOINT).is_file() and data_md5(run[0]) == md5]
         asked = {name: value for name, value in given.items() if name not in ELSEWHERE} | {"experiment": folder.name}
         words = [f"{option(name)} {value}" for name, value in asked.items()]
         tabulate(folder, runs, f"python madsim.py {' '.join(words)}")

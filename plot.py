@@ -400,7 +400,7 @@ def grid_figures(path: Path) -> Iterator[tuple[str, Figure]]:
         return
     seeds = ", ".join(map(str, sorted(table["seed"].unique())))
     data, rounds = (" and ".join(map(str, table[name].unique())) for name in ("data", "rounds"))
-    span = min(10, table["rounds"].max())  # as the table has it
+    span = int(min(10, table["last"].max()))  # as the table has it
     metric, share = f"last {span} of {rounds} rounds, mean ± standard deviation", f"after {rounds} rounds, mean"
     for name, heading in (METRICS | {"right": "Share of the clients judged rightly, and who was excluded"}).items():
         about = f"{data}, {share if name == 'right' else metric} over seeds {seeds}"

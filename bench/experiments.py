@@ -156,29 +156,38 @@ def tidy(cells: list[tuple[Path, str, str]]):
     settings and what came of it. Of the metrics, means over the last LAST rounds, and the `fluctuation`: the
     standard deviation of the honest clients' accuracy's change from round to round over them. Of the first exclusion,
     the `jump` of participants' loss and accuracy, and what of it is the `model`'s."""
-    from pandas import DataFrame, read_csv
+    from pandas import DataFrame
 
     rows = []
     for folder, row, column in cells:
         if not (folder / "summary.json").is_file():  # it failed in its first round
             continue
-        about, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
-        rounds = read_csv(folder / "rounds.csv").drop(columns=["round", "active"])
-        found = {"row": row, "column": column} | identity(about)
-        found |= {"attackers": len(summary["malicious"])}
-        found |= {name: summary[name] for name in ("complete", *DETECTION)}
-        found |= {name: rounded(value) for name, value in rounds.tail(LAST).mean().items()}
-        found["fluctuation"] = rounded(rounds["honest_accuracy"].tail(LAST + 1).diff().std())
-        for change, name in product(summary["jumps"][:1], ("loss", "accuracy")):
-            found |= {f"jump_{name}": change[name]["total"], f"jump_{name}_model": change[name]["model"]}
-        for name, value in DataFrame(filter(None, (summary["membership"] or {}).values())).mean().items():
-            found[f"held_{name}"] = rounded(value)  # by the attackers, in the mean
-        found |= {"last": len(rounds), "data": about["data"]["name"]}
-        code = [part["git"] for part in (about, *about.get("resumed", []))]  # another commit may have gone on with it
-        found["commit"] = ", ".join(dict.fromkeys(str(part["commit"]) for part in code))
-        found["dirty"] = any(part["dirty"] for part in code)
-        rows.append(found)
+        try:
+            rows.append({"row": row, "column": column} | came_of(folder))
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder}: its files are not as a run leaves them ({error!r})") from None
     return DataFrame(rows)
+
+
+def came_of(folder: Path) -> dict:
+    """A row of `tidy`, of the run in a folder."""
+    from pandas import DataFrame, read_csv
+
+    about, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
+    rounds = read_csv(folder / "rounds.csv").drop(columns=["round", "active"])
+    found = identity(about) | {"attackers": len(summary["malicious"])}
+    found |= {name: summary[name] for name in ("complete", *DETECTION)}
+    found |= {name: rounded(value) for name, value in rounds.tail(LAST).mean().items()}
+    found["fluctuation"] = rounded(rounds["honest_accuracy"].tail(LAST + 1).diff().std())
+    for change, name in product(summary["jumps"][:1], ("loss", "accuracy")):
+        found |= {f"jump_{name}": change[name]["total"], f"jump_{name}_model": change[name]["model"]}
+    for name, value in DataFrame(filter(None, (summary["membership"] or {}).values())).mean().items():
+        found[f"held_{name}"] = rounded(value)  # by the attackers, in the mean
+    found |= {"last": len(rounds), "data": about["data"]["name"]}
+    code = [part["git"] for part in (about, *about.get("resumed", []))]  # another commit may have gone on with it
+    found["commit"] = ", ".join(dict.fromkeys(str(part["commit"]) for part in code))
+    found["dirty"] = any(part["dirty"] for part in code)
+    return found
 
 
 def over_seeds(table):

@@ -22,8 +22,9 @@ DIGITS = 6  # significant digits of every number written: more than float32 hold
 
 def hollow(folder: Path) -> bool:
     """Whether a run was killed as its folder was made, before anything was recorded: the checkpoint comes last."""
-    made = {"config.json", "samples.npz", "rounds.csv", "clients.csv", "membership.csv", "plane.csv", CHECKPOINT}
-    return folder.is_dir() and {path.name.removesuffix(".part") for path in folder.iterdir()} <= made - {CHECKPOINT}
+    made = {"config.json", "samples.npz", "rounds.csv", "clients.csv", "membership.csv", "plane.csv"}
+    made |= {f"{name}.part" for name in (*made, CHECKPOINT)}
+    return folder.is_dir() and {path.name for path in folder.iterdir()} <= made
 
 
 def complete(folder: Path) -> bool:
@@ -36,6 +37,12 @@ def complete(folder: Path) -> bool:
 def unfinished(folders: Iterable[Path]) -> list[Path]:
     """Those of the folders that hold a run which was cut short and can be resumed."""
     return [folder for folder in folders if (folder / CHECKPOINT).is_file() and not complete(folder)]
+
+
+def data_md5(folder: Path) -> str | None:
+    """The MD5 of the data that a run was begun with."""
+    about = read_json(folder / "config.json").get("data")
+    return about.get("md5") if isinstance(about, dict) else None
 
 
 def seeds_in(folder: Path) -> list[int]:

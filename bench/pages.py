@@ -76,7 +76,7 @@ def play(run: Run) -> str:
     }  # fmt: skip
     content |= {name: curves[name].reindex(shown).round(4) for name in CURVES}
     content = {name: plain(value) for name, value in content.items()}
-    page = (Path(__file__).parent / "player.html").read_text()
+    page = (Path(__file__).parent / "player.html").read_text(encoding="utf-8")
     run_json = json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
     return page.replace(">{}</script>", f">{run_json}</script>", 1)
 

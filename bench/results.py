@@ -178,7 +178,7 @@ def read_grid(path: Path) -> DataFrame:
     import pandas as pd
 
     table = pd.read_csv(path, dtype={"row": str, "column": str}).fillna({"row": "", "column": ""})
-    numbers = ["seed", "rounds", "clients", "attackers", "true_exclusions", "false_exclusions", *METRICS]
+    numbers = ["seed", "rounds", "last", "clients", "attackers", "true_exclusions", "false_exclusions", *METRICS]
     if lacking := [name for name in ["row", "column", "complete", "data", *numbers] if name not in table]:
         raise ValueError(f"it lacks {', '.join(lacking)}")
     table = table[table["complete"].eq(True)].copy()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import data
+from bench import experiments
 from madsim import main
 
 HERE = Path(__file__).resolve().parents[1]
@@ -49,6 +50,15 @@ def real(real_root) -> data.Dataset:
 def quick(small, monkeypatch):
     """The phantom is the small one, so that a round takes a moment."""
     monkeypatch.setattr(data, "phantom", lambda seed=0, note="": replace(small, note=note))
+
+
+@pytest.fixture
+def grid(quick, monkeypatch):
+    """The words for an experiment of four runs of 4 rounds, in this process: two cells, two seeds."""
+    columns = {"none": {"malicious": 0.0}, "two": {"malicious": 0.25}}
+    experiment = experiments.Experiment("two by one", 4, experiments.mad_from(2), columns)
+    monkeypatch.setitem(experiments.EXPERIMENTS, "grid", experiment)
+    return ["--experiment", "grid", "--clients", "4", "--dataset", "phantom", "--jobs", "1", "--seeds", "2"]
 
 
 def command(*arguments: str | Path, **options) -> subprocess.Popen:

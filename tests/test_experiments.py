@@ -61,6 +61,8 @@ def test_cells_are_what_their_names_say():
     noniid = cells("noniid")
     assert noniid["dirichlet, alpha 0.5", "label_flip, never"] == Config(rounds=60, partition="dirichlet")
     assert cells("membership")["never", ""] == Config(rounds=600, membership=10)
+    assert readings["preset paper, observed", "20%, MAD from 5"].settings.excluded == "observed"
+    assert {config.attack_start for config in cells("fig3a", rounds=50, attack_start=20).values()} == {20}  # as asked
 
 
 def test_the_options_given_hold_in_every_cell():
@@ -102,15 +104,6 @@ def test_a_table_in_markdown_by_hand():
     ]  # fmt: skip
 
 
-@pytest.fixture
-def grid(monkeypatch):
-    """The words for an experiment of three runs of 4 rounds, "grid"."""
-    columns = {"none": {"malicious": 0.0}, "two": {"malicious": 0.25}}
-    experiment = experiments.Experiment("two by one", 4, experiments.mad_from(2), columns)
-    monkeypatch.setitem(EXPERIMENTS, "grid", experiment)
-    return ["--experiment", "grid", "--clients", "4", "--dataset", "phantom", "--jobs", "1", "--seeds", "2"]
-
-
 def test_an_experiment_writes_its_tables(quick, grid, tmp_path, capsys):
     assert main([*grid, "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
@@ -142,6 +135,10 @@ def test_an_experiment_writes_its_tables(quick, grid, tmp_path, capsys):
     assert main([*grid[:-1], "1", "--out", str(tmp_path)]) == 0  # the other seed's runs stay in the table
     runs = pd.read_csv(tmp_path / "grid" / "table.csv")
     assert len(runs) == 4 and runs["dirty"].sum() >= 1 and sum(", abc" in commit for commit in runs["commit"]) == 1
+    resumed.write_text(json.dumps(about | {"data": about["data"] | {"md5": "other"}}))
+    assert main([*grid[:-1], "1", "--out", str(tmp_path)]) == 0  # but not those of other data
+    runs = pd.read_csv(tmp_path / "grid" / "table.csv")
+    assert sorted(runs["seed"]) == [0, 0, 1]
 
 
 CLUSTER = """

@@ -172,8 +172,10 @@ def test_several_mad_starts_and_seeds_make_several_runs(quick, tmp_path, capsys)
         ("--rounds 40 --mad-start 50", "mad_start 50 lies beyond the 40 rounds; use 1 to 40"),
         ("--mad-start 0", "mad_start 0 must be at least 1"),
         ("--lr -1", "lr -1.0 must be at least 0"),
-        ("--lr nan", "lr nan must be at least 0 and finite"),
-        ("--lr inf", "lr inf must be at least 0 and finite"),
+        ("--lr nan", "lr nan must be at least 0 and at most 1000"),
+        ("--lr inf", "lr inf must be at least 0 and at most 1000"),
+        ("--method loop --lr 1e39", "lr 1e+39 must be at least 0 and at most 1000"),
+        ("--outlying inf", "outlying inf must be at least 0 and finite"),
         (f"--clients {10**400}", "must be at least 1 and at most 100000"),
         (f"--batch-size {10**400}", "must be at least 1 and finite"),
         ("--rounds 0", "rounds 0 must be at least 1"),
@@ -338,6 +340,7 @@ def test_a_quick_story_has_an_attack_and_an_exclusion(quick, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "31 rounds in all" in out and "Excluded     nobody; nobody attacked\n" in out
     assert (tmp_path / "mad15-rounds31-clients4-malicious0-phantom-s0").is_dir()
+    assert [config.mad_start for config in madsim.plan({"quick": True, "rounds": 1}).values()] == [1]
 
 
 def test_output_that_is_no_terminal_is_plain(tmp_path):

@@ -380,12 +380,16 @@ ONES = np.ones(4)
 def test_the_median_by_hand():
     assert trust.median(ROWS, ONES, 1).tolist() == [1.5, 1.5]
     assert trust.median(ROWS[:3], ONES[:3], 1).tolist() == [1, 1]
+    assert trust.median(column(1, 1, 1, 9), ONES, 0).tolist() == [1]  # ties, and f = 0
 
 
 def test_the_trimmed_mean_by_hand():
     # f = 1: each column without its least and its greatest value, (1 + 2) / 2
     assert trust.trimmed_mean(ROWS, ONES, 1).tolist() == [1.5, 1.5]
     assert trust.trimmed_mean(ROWS, ONES, 0).tolist() == [3, 3]  # f = 0: the plain mean
+    assert trust.trimmed_mean(column(1, 9, 1, 9), ONES, 1).tolist() == [
+        5
+    ]  # ties: one of the least, one of the greatest
     with pytest.raises(ValueError, match="trimmed_mean needs 5 clients to withstand 2 malicious ones; there are 4"):
         trust.trimmed_mean(ROWS, ONES, 2)
 
@@ -463,6 +467,10 @@ def test_lfighter_by_hand():
     assert trust.lfighter(U, np.array([1.0, 1, 1, 1, 2]), 2)[0] == pytest.approx((2 + 3 + 2 * 4) / 4)
     assert trust.lfighter(last_layers((1, 1), (1, 1), (1, 1)), np.ones(3), 1)[0] == 1  # no difference: everybody
     assert trust.lfighter(last_layers((1, 0)), np.ones(1), 0)[0] == 0  # one client
+    four = last_layers((9, 9), (9, 9.01), (1, 0), (-1, 0))  # 2/4 (1 - 1) against 2/4 (1 - (-1))
+    assert trust.lfighter(four, ONES, 2)[0] == pytest.approx(2.5) == trust.lfighter(four, ONES, 0)[0]
+    tie = last_layers((9, 0), (9, 0), (1, 0), (1, 0))  # either cluster is wholly alike: the first client's is taken
+    assert trust.lfighter(tie, ONES, 2)[0] == pytest.approx(0.5)
 
 
 def test_the_last_layer_is_the_networks():

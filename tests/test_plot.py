@@ -425,7 +425,8 @@ def write_grid(path, **changes):
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [
         {"row": row, "column": column, "seed": seed, "complete": True, "data": "PneumoniaMNIST", "clients": 10,
-         "rounds": 40, "attackers": 2, "true_exclusions": 2 * (row == "MAD"), "false_exclusions": seed * (row == "MAD"),
+         "rounds": 40, "last": 40, "attackers": 2,
+         "true_exclusions": 2 * (row == "MAD"), "false_exclusions": seed * (row == "MAD"),
          "honest_accuracy": 0.5 + 0.1 * seed, "test_accuracy": 0.8, "test_sensitivity": 0.9}
         for row in ("never", "MAD") for column in ("flip", "noise") for seed in (0, 1)
     ]  # fmt: skip

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import part
 
 import data
 import madsim
@@ -39,6 +40,8 @@ def shortened(command: str) -> list[str]:
     words = shlex.split(command)
     if "bench" in words[1]:
         return [*words, "-n", "1"]
+    if "--report" in words:  # of a part of the runs, whose figures the command before has drawn
+        return [word + "fig3c" if word == "results/" else word for word in words]
     if words[1] != "madsim.py" or words[2:] in (["--help"], ["--list"]):
         return words
     if words[2:] == ["--quick"]:  # what it stands for can be shortened too
@@ -53,7 +56,7 @@ def shortened(command: str) -> list[str]:
             if not words[i].isdigit():
                 break
             words[i] = str(max(1, int(words[i]) * ROUNDS // rounds))
-    several = ["--jobs", "1"] * ("--experiment" in words)  # processes of their own would each load torch
+    several = ["--jobs", "1"] * bool({"--experiment", "--seeds"} & set(words))  # processes would each load torch
     # replaced, as two commands that differ in their rounds alone share a name here
     return [*words, *several, "--rounds", str(ROUNDS), "--overwrite"]
 
@@ -61,9 +64,11 @@ def shortened(command: str) -> list[str]:
 def test_the_readmes_commands_run(small, tmp_path, monkeypatch, capsys):
     """In order, in one folder, as a reader would; the two that set up a new machine are run whole by .ci/run.
 
-    Each script is run as `__main__`, but in this process, which has already spent the seconds that torch takes; where
-    there is no real data set, on a part of the phantom.
+    Each script is run as `__main__`, but in this process, which has already spent the seconds that torch takes; on a
+    part of the real data set or, where there is none, of the phantom.
     """
+    load = data.load
+    monkeypatch.setattr(data, "load", lambda *arguments: part(load(*arguments)))
     monkeypatch.setattr(data, "phantom", lambda seed=0, note="": replace(small, note=note))
     monkeypatch.chdir(tmp_path)
     real = (Path(os.environ.get("MADSIM_DATA", Path.home() / ".medmnist")) / data.FILE).is_file()

@@ -147,14 +147,14 @@ for i, (moment, count) in enumerate(moments):
     process = os.fork()
     if not process:
         prepare(moment, count)
-        config = madsim.Config(rounds=40, mad_start=15, attack="nan", attack_start=5)
+        config = madsim.Config(rounds=25, mad_start=15, attack="nan", attack_start=5)
         madsim.simulate(config, os.path.join(folder, str(i)), dataset=dataset)
         os._exit(0)
     print(os.waitpid(process, 0)[1], flush=True)
 """
 MOMENTS = [  # and the how manieth of its kind; a checkpoint syncs four files, config.json is the first that is renamed
     ("half a row", 3 * 20 + 4), ("half a row", 3 * 3 + 5), ("half a row", 3 * 9 + 6),  # of each of CSV
-    ("between two rows", 3 * 25 + 1), ("checkpoint unfinished", 1 + 4 * 3), ("checkpoint unfinished", 1 + 4 * 3 + 1),
+    ("between two rows", 3 * 18 + 1), ("checkpoint unfinished", 1 + 4 * 3), ("checkpoint unfinished", 1 + 4 * 3 + 1),
     ("before the checkpoint's name", 5), ("after the checkpoint's name", 5),
 ]  # fmt: skip
 
@@ -166,12 +166,12 @@ def test_a_kill_at_any_moment_loses_nothing_for_good(tiny, tmp_path):
     np.savez(tmp_path / "arrays.npz", **dict(zip("abcd", arrays)))
     seed = time.time_ns()
     print(f"random moments of seed {seed}")  # shown if the test fails
-    moments = MOMENTS + [(f"{seconds:.3f}", 0) for seconds in np.random.default_rng(seed).uniform(0, 0.5, 5)]
+    moments = MOMENTS + [(f"{seconds:.3f}", 0) for seconds in np.random.default_rng(seed).uniform(0, 0.4, 5)]
     runs = subprocess.Popen(
         [sys.executable, "-c", KILLED, tmp_path / "arrays.npz", tmp_path, json.dumps(moments)],
         cwd=HERE, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
-    simulate(Config(rounds=40, mad_start=15, attack="nan", attack_start=5), tmp_path / "whole", dataset=tiny)
+    simulate(Config(rounds=25, mad_start=15, attack="nan", attack_start=5), tmp_path / "whole", dataset=tiny)
     whole, rounds = csv_bytes(tmp_path / "whole"), []
     assert [int(line) for line in runs.communicate()[0].split()] == [signal.SIGKILL] * len(moments)
     for i, (moment, _) in enumerate(moments):
@@ -184,7 +184,7 @@ def test_a_kill_at_any_moment_loses_nothing_for_good(tiny, tmp_path):
         result = resume(folder, tiny)
         assert csv_bytes(folder) == whole, moment
         assert result.summary["complete"] and not list(folder.glob("*.part"))
-    assert sum(0 < t < 40 for t in rounds) > len(rounds) / 2  # most went on from the middle
+    assert sum(0 < t < 25 for t in rounds) > len(rounds) / 2  # most went on from the middle
 
 
 def test_rows_beyond_the_checkpoint_and_a_torn_last_one_are_dropped(stopped, tiny):
@@ -236,8 +236,8 @@ def test_checkpoints_come_by_the_clock(seconds, expected, tiny, tmp_path, monkey
 
 @pytest.fixture(scope="module")
 def phantom_run(phantom, tmp_path_factory) -> Path:
-    """The folder of a run of 15 rounds on the phantom, MAD from round 8."""
-    config = Config(rounds=15, mad_start=8, dataset="phantom")
+    """The folder of a run of 9 rounds on the phantom, MAD from round 4."""
+    config = Config(rounds=9, mad_start=4, dataset="phantom")
     folder = tmp_path_factory.mktemp("whole") / madsim.run_name(config)
     simulate(config, folder, dataset=phantom)
     return folder
@@ -245,7 +245,7 @@ def phantom_run(phantom, tmp_path_factory) -> Path:
 
 def test_a_signal_leaves_a_folder_that_can_be_resumed_and_says_how(phantom_run, tmp_path, capsys):
     """SIGINT, and SIGTERM in a process beside it."""
-    words = ["--rounds", "15", "--mad-start", "8", "--dataset", "phantom", "--threads", "1"]
+    words = ["--rounds", "9", "--mad-start", "4", "--dataset", "phantom", "--threads", "1"]
     processes = {number: command(*words, "--out", tmp_path / number.name) for number in (signal.SIGINT, signal.SIGTERM)}
     folders = {number: tmp_path / number.name / phantom_run.name for number in processes}
     for number, process in processes.items():
@@ -259,9 +259,9 @@ def test_a_signal_leaves_a_folder_that_can_be_resumed_and_says_how(phantom_run, 
         written = (folder / CSV[0]).read_bytes().count(b"\n") - 1
         assert process.returncode == 130 and "Traceback" not in err
         assert json.loads((folder / "summary.json").read_text())["complete"] is False
-        assert f"Stopped      after round {written} of 15; go on with: python madsim.py --resume {folder}\n" in out
+        assert f"Stopped      after round {written} of 9; go on with: python madsim.py --resume {folder}\n" in out
         assert main(["--resume", str(folder)]) == 0
-        assert "(attacker) in round 8" in capsys.readouterr().out
+        assert "(attacker) in round 4" in capsys.readouterr().out
         assert csv_bytes(folder) == csv_bytes(phantom_run)
 
 
@@ -419,13 +419,13 @@ def check_it_ended_in_one_line_and_goes_on(folder, whole, run, repair, reason, c
     assert csv_bytes(folder) == csv_bytes(whole)
 
 
-LONG = ["--rounds", "80", "--clients", "30", "--dataset", "phantom"]
+LONG = ["--rounds", "50", "--clients", "48", "--dataset", "phantom"]
 
 
 @pytest.fixture(scope="module")
 def long_run(tiny, tmp_path_factory) -> Path:
     """The folder of a run whose clients.csv outgrows its checkpoint."""
-    config = Config(rounds=80, clients=30, dataset="phantom")
+    config = Config(rounds=50, clients=48, dataset="phantom")
     folder = tmp_path_factory.mktemp("long") / madsim.run_name(config)
     simulate(config, folder, dataset=tiny)
     assert (folder / "clients.csv").stat().st_size > 130_000 > (folder / "checkpoint.npz").stat().st_size
@@ -951,9 +951,10 @@ WILD = st.one_of(
 )
 TAME = {int: st.integers(1, 5).map(str), float: st.floats(0, 1).map(str), str: st.sampled_from(["label_flip", "nan"])}
 TAME[madsim.start_round] = st.integers(1, 3).map(str) | st.just("never")
+PARSER = madsim.make_parser()
 OPTIONS = {
     action.option_strings[-1]: action
-    for action in madsim.make_parser()._actions
+    for action in PARSER._actions
     if action.option_strings and action.dest not in ("help", "out", "data_root", "resume", "device")
 }
 
@@ -984,7 +985,7 @@ def runs_or_is_refused(call, capsys) -> None:
 def test_every_command_line_is_understood_or_refused_in_one_line(capsys, words):
     """The plan of the runs, as `main` makes it; it turns a ValueError into its one line."""
     with suppress(ValueError):
-        runs_or_is_refused(lambda: madsim.plan(vars(madsim.make_parser().parse_args(words))), capsys)
+        runs_or_is_refused(lambda: madsim.plan(vars(PARSER.parse_args(words))), capsys)
 
 
 SMALL = ("--malicious", "--attack", "--flip", "--lr", "--method", "--batch-size", "--seed", "--alpha-reputation",

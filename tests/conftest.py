@@ -1,6 +1,7 @@
 """What the tests share: the data sets, and a small federation that trains in a moment."""
 
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,8 @@ from bench import experiments
 from madsim import main
 
 HERE = Path(__file__).resolve().parents[1]
+# A shell's background job ignores Ctrl-C, and so would what the tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

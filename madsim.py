@@ -79,7 +79,7 @@ class Config:
     rule: str = setting("mean", "how active clients' models are aggregated", "paper", choices=RULES)
     epochs: int = setting(1, "local epochs a round", "testbed", low=1, high=100)
     batch_size: int = setting(20, "images a local step", "testbed", low=1)
-    lr: float = setting(1e-3, "learning rate of Adam", "testbed", low=0, high=1e30)
+    lr: float = setting(1e-3, "learning rate of Adam", "testbed", low=0, high=1e30)  # float32 ends at 3e38
     membership: int | None = setting(
         None, "measure what the model tells of its training images, every so many rounds", "ours", low=1
     )

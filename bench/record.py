@@ -170,7 +170,7 @@ class Log:
     def _tell_if_slow(self) -> None:
         """Say what helps where threads seem to wait for each other: each has another busy program's turn to sit out."""
         a_round = float(np.median(self.seconds[-SLOW_AFTER:]))
-        if a_round > SLOW * usual_seconds(self.config, 1) and self.members.threads > 1:
+        if a_round > SLOW * usual_seconds(self.config) and self.members.threads > 1:
             hint = "if other programs are busy, stop (Ctrl-C) and go on with --threads 1"
             self.bar.write(f"A round takes {a_round:.1f} s, which is slow: {hint}", file=sys.stderr)
 
@@ -339,9 +339,9 @@ def plane(W: Array, spread: float, settings: Settings, before: Array | None = No
     return points
 
 
-def usual_seconds(config, rounds: int) -> float:
-    """About how long so many rounds take on two cores with nothing else to do."""
-    return rounds * config.clients * config.epochs * ROUND_SECONDS
+def usual_seconds(config) -> float:
+    """About how long a round takes on two cores with nothing else to do."""
+    return config.clients * config.epochs * ROUND_SECONDS
 
 
 # ---------------------------------------------------------------- config.json and summary.json

@@ -52,7 +52,7 @@ def introduce(runs: dict, dataset: data.Dataset) -> None:
     counts = {data.malicious_count(config.clients, config.malicious) for config in runs.values()}
     malicious = " or ".join(str(n) for n in sorted(counts))
     rounds = sum(config.rounds for config in runs.values())
-    seconds = sum(usual_seconds(config, config.rounds) for config in runs.values())
+    seconds = sum(config.rounds * usual_seconds(config) for config in runs.values())
     print(
         f"{dataset.name}, {len(dataset.train_labels)} training images; {clients} clients, {malicious} malicious; "
         f"{len(runs)} run{'s' * (len(runs) > 1)}, {rounds} rounds in all, about {minutes(seconds)} on two cores"

@@ -138,7 +138,7 @@ def prepare(moment, count):
     else:
         threading.Timer(float(moment), die).start()
 
-arrays, folder, moments = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+arrays, folder, moments, run = *sys.argv[1:3], *map(json.loads, sys.argv[3:])
 record.CHECKPOINT_SECONDS = 0.03
 with np.load(arrays) as found:
     dataset = data.Dataset(*(found[name] for name in ("a", "b", "c", "d")), name="tiny", md5="none")
@@ -147,8 +147,7 @@ for i, (moment, count) in enumerate(moments):
     process = os.fork()
     if not process:
         prepare(moment, count)
-        config = madsim.Config(rounds=25, mad_start=15, attack="nan", attack_start=5)
-        madsim.simulate(config, os.path.join(folder, str(i)), dataset=dataset)
+        madsim.simulate(madsim.Config(**run), os.path.join(folder, str(i)), dataset=dataset)
         os._exit(0)
     print(os.waitpid(process, 0)[1], flush=True)
 """
@@ -164,14 +163,14 @@ def test_a_kill_at_any_moment_loses_nothing_for_good(tiny, tmp_path):
     the run that was never killed. Two clients submit NaN from round 5 on, so that most go on without them."""
     arrays = (tiny.train_images, tiny.train_labels, tiny.test_images, tiny.test_labels)
     np.savez(tmp_path / "arrays.npz", **dict(zip("abcd", arrays)))
-    seed = time.time_ns()
+    run, seed = {"rounds": 25, "mad_start": 15, "attack": "nan", "attack_start": 5}, time.time_ns()
     print(f"random moments of seed {seed}")  # shown if the test fails
     moments = MOMENTS + [(f"{seconds:.3f}", 0) for seconds in np.random.default_rng(seed).uniform(0, 0.4, 5)]
     runs = subprocess.Popen(
-        [sys.executable, "-c", KILLED, tmp_path / "arrays.npz", tmp_path, json.dumps(moments)],
+        [sys.executable, "-c", KILLED, tmp_path / "arrays.npz", tmp_path, json.dumps(moments), json.dumps(run)],
         cwd=HERE, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
-    simulate(Config(rounds=25, mad_start=15, attack="nan", attack_start=5), tmp_path / "whole", dataset=tiny)
+    simulate(Config(**run), tmp_path / "whole", dataset=tiny)
     whole, rounds = csv_bytes(tmp_path / "whole"), []
     assert [int(line) for line in runs.communicate()[0].split()] == [signal.SIGKILL] * len(moments)
     for i, (moment, _) in enumerate(moments):

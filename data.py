@@ -1,6 +1,6 @@
-"""PneumoniaMNIST (or the embedded phantom), the split among clients, label attacks.
+"""PneumoniaMNIST or the phantom, the IID split among the clients, label flipping, PNG files.
 
-`python data.py --png DIR` writes the clients' images as PNG files, as the split and the attack give them.
+`python data.py --png DIR` writes the clients' images as PNG files, sorted by the labels that the clients see.
 
 Shapes: n images, C clients.
 """
@@ -16,18 +16,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Images = NDArray[np.uint8]  # [n, 28, 28], 0 black to 255 white
 Labels = NDArray[np.int64]  # [n], 0 normal, 1 pneumonia
+Numbers = NDArray[np.int64]  # [n], image numbers
 
 LABELS = ("normal", "pneumonia")
 DATASETS = ("auto", "pneumoniamnist", "phantom")
 FILE = "pneumoniamnist.npz"
 MD5 = "28209eda62fecd6e6a2d98b1501bb15f"  # of FILE, as medmnist publishes it
-DOWNLOAD_SECONDS = 60  # ours: 4 MB; medmnist sets no limit of its own and can hang
+DOWNLOAD_SECONDS = 60  # ours, for 4 MB: medmnist sets no time limit and can hang
 VALIDATION = 0.1  # testbed: a client keeps 10 % of its images for validation
 
 
@@ -35,8 +37,9 @@ VALIDATION = 0.1  # testbed: a client keeps 10 % of its images for validation
 class Dataset:
     """Images uint8 [n, 28, 28] and labels int64 [n] (0 normal, 1 pneumonia) of the training and the test split.
 
-    `name` is what is held, `md5` that of its file (of its arrays, for the phantom), `note` says why the phantom
-    stands in where it does, else it is empty.
+    `name` names the data set. `md5` is the MD5 of its file, or of the phantom's arrays. `note` says why the phantom
+    replaces PneumoniaMNIST; it is empty otherwise. Raises ValueError for arrays of another shape or type, and for
+    labels other than 0 and 1.
     """
 
     train_images: Images
@@ -48,7 +51,6 @@ class Dataset:
     note: str = ""
 
     def __post_init__(self):
-        """Raises ValueError for arrays of another shape or type and for labels other than 0 and 1."""
         for split in ("train", "test"):
             images, labels = getattr(self, f"{split}_images"), getattr(self, f"{split}_labels")
             for name, array, kind, shape in (
@@ -68,11 +70,11 @@ class Dataset:
 
 
 def load(dataset: str = "auto", root: str | Path | None = None) -> Dataset:
-    """PneumoniaMNIST from `root`, or the phantom; `auto` takes the phantom if PneumoniaMNIST can't be had.
+    """Load PneumoniaMNIST from `root`, or the phantom. `auto` takes the phantom if PneumoniaMNIST is not available.
 
-    `root` is the folder of pneumoniamnist.npz, which is downloaded into it if it is absent. Default: the
-    environment variable MADSIM_DATA, else medmnist's own folder. Raises ValueError for an unknown name or a
-    damaged file, and FileNotFoundError if the named PneumoniaMNIST is absent and can't be downloaded.
+    `root` is the folder of pneumoniamnist.npz. The file is downloaded into it if it is absent. The default is the
+    environment variable MADSIM_DATA, or else medmnist's own folder. Raises ValueError for an unknown name or a damaged
+    file, and FileNotFoundError if `dataset` is pneumoniamnist and the file is absent and can't be downloaded.
     """
     if dataset not in DATASETS:
         raise ValueError(f"dataset {dataset!r} is unknown; known: {', '.join(DATASETS)}")
@@ -89,14 +91,14 @@ def load(dataset: str = "auto", root: str | Path | None = None) -> Dataset:
 def pneumoniamnist(root: Path) -> Dataset:
     """The real data set (Yang et al. 2023, CC BY 4.0) from root/pneumoniamnist.npz, downloaded if absent."""
     if root.is_file():
-        raise ValueError(f"{root} is a file; name the folder that holds {FILE}")
+        raise ValueError(f"{root} is a file; give the folder that holds {FILE}")
     path = root / FILE
     if not path.is_file():
         download(root)
     with open(path, "rb") as file:
         md5 = hashlib.file_digest(file, partial(hashlib.md5, usedforsecurity=False)).hexdigest()
     if md5 != MD5:
-        raise ValueError(f"{path} has MD5 {md5}, PneumoniaMNIST has {MD5}; delete the file to download it afresh")
+        raise ValueError(f"{path} has MD5 {md5}, PneumoniaMNIST has {MD5}; delete the file to download it again")
     with np.load(path, allow_pickle=False) as arrays:
         train, test = (
             (arrays[f"{split}_images"], arrays[f"{split}_labels"][:, 0].astype(np.int64)) for split in ("train", "test")
@@ -105,12 +107,12 @@ def pneumoniamnist(root: Path) -> Dataset:
 
 
 def download(root: Path) -> None:
-    """Fetch pneumoniamnist.npz into `root` by medmnist, in a process of its own that can be stopped.
+    """Download pneumoniamnist.npz into `root` with medmnist, in a separate process that can be stopped.
 
-    Raises FileNotFoundError, with what was tried and how to put the file in place, if that fails.
+    Raises FileNotFoundError if that fails. The message says what was tried and how to put the file in place.
     """
     fetch = "import medmnist, sys; medmnist.PneumoniaMNIST('train', download=True, root=sys.argv[1])"
-    print(f"{root / FILE} is absent: downloading it (4 MB, {DOWNLOAD_SECONDS} s at most) ...", file=sys.stderr)
+    print(f"{root / FILE} is absent: downloading it (4 MB, at most {DOWNLOAD_SECONDS} s) ...", file=sys.stderr)
     try:
         with tempfile.TemporaryDirectory() as unfinished:
             command = [sys.executable, "-c", fetch, unfinished]
@@ -127,7 +129,7 @@ def download(root: Path) -> None:
         reason = str(error)
     raise FileNotFoundError(
         f"{root / FILE} is absent and medmnist could not download it ({reason}); get {FILE} of MedMNIST v2 "
-        f"elsewhere, put it into a folder and name that by --data-root or MADSIM_DATA"
+        f"elsewhere, put it into a folder and name this folder by --data-root or MADSIM_DATA"
     )
 
 
@@ -138,22 +140,23 @@ PHANTOM_COUNTS = {"train": (1214, 3494), "test": (234, 390)}
 
 
 def phantom(seed: int = 0, note: str = "") -> Dataset:
-    """Drawn chest X-rays in PneumoniaMNIST's numbers, for a machine without it; the same seed, the same images."""
+    """Drawn chest X-rays in the numbers of PneumoniaMNIST, for a machine without it. A seed gives the same images."""
     rng = np.random.default_rng([seed, 3])
-    arrays = []
+    arrays: list[Any] = []
     for counts in PHANTOM_COUNTS.values():
         labels = rng.permutation(np.repeat([0, 1], counts))
         arrays += [draw_chests(labels, rng), labels]
     md5 = hashlib.md5(b"".join(array.tobytes() for array in arrays), usedforsecurity=False).hexdigest()
-    return Dataset(*arrays, name="phantom", md5=md5, note=note)
+    train_images, train_labels, test_images, test_labels = arrays
+    return Dataset(train_images, train_labels, test_images, test_labels, name="phantom", md5=md5, note=note)
 
 
 def draw_chests(labels: Labels, rng: np.random.Generator) -> Images:
-    """One image a label: body, spine, two darker lungs with ribs and vessels, the heart's shadow over one of them,
-    and with pneumonia one to four diffuse opacities in the lungs, from faint to dense.
+    """One image per label: a body, a spine, and two darker lungs with ribs, vessels and the shadow of the heart.
 
-    Every length is in half widths of the image, from -1 to 1, and varies from image to image. The ranges are chosen
-    so that the network's test accuracy lies within 0.90 to 0.98 and logistic regression's near 0.82.
+    An image of pneumonia also has one to four diffuse opacities in the lungs, from faint to dense. All lengths are in
+    half widths of the image, from -1 to 1, and vary from image to image. The ranges are chosen so that the network
+    reaches a test accuracy of 0.90 to 0.98 and logistic regression one of about 0.82.
     """
 
     def vary(low: float, high: float):
@@ -180,7 +183,7 @@ def draw_chests(labels: Labels, rng: np.random.Generator) -> Images:
     lungs = sum(inside(1 - side**2.5 - (np.abs(y + 0.1) / height) ** 3, 2) for side in sides)
     ribs = lungs * np.cos(vary(12, 16) * (y + vary(0.2, 0.5) * np.abs(x)) + vary(0, 6.3))
     heart = blob(vary(0.1, 0.2), vary(0.2, 0.35), vary(0.28, 0.42), vary(0.3, 0.42))
-    vessels = sum(  # beside the heart, and easily taken for an opacity
+    vessels = sum(  # beside the heart; they look like an opacity
         vary(0, 0.35) * blob(side * vary(0.25, 0.5), vary(-0.25, 0.35), vary(0.08, 0.2), vary(0.12, 0.3))
         for side in (-1, 1)
     )
@@ -193,7 +196,7 @@ def draw_chests(labels: Labels, rng: np.random.Generator) -> Images:
     air = lungs * (1 - np.clip(0.9 * heart + vessels + opacity, 0, 1))
     image = 0.15 + body * (0.5 + 0.12 * spine - vary(0.3, 0.48) * air + vary(0.02, 0.06) * ribs)
     image = image * vary(0.75, 1.15) + vary(-0.05, 0.12) + rng.normal(0, 0.02, image.shape)  # exposure and noise
-    return np.uint8(np.clip(image, 0, 1) * 255)
+    return (np.clip(image, 0, 1) * 255).astype(np.uint8)
 
 
 # ---------------------------------------------------------------- the split and the attack
@@ -201,16 +204,15 @@ def draw_chests(labels: Labels, rng: np.random.Generator) -> Images:
 
 @dataclass(frozen=True)
 class Share:
-    """One client's part of the training split: image numbers it trains on, those it validates on, and whether
-    it is malicious."""
+    """One client's part of the training split, and whether the client is malicious."""
 
-    train: NDArray[np.int64]
-    validation: NDArray[np.int64]
+    train: Numbers  # the images that it trains on
+    validation: Numbers  # the images that it validates on
     malicious: bool
 
 
-def partition_iid(n: int, clients: int, rng: np.random.Generator) -> list[NDArray[np.int64]]:
-    """Image numbers 0 .. n-1 dealt at random to `clients`: disjoint, all of them used, sizes differ by 1 at most."""
+def partition_iid(n: int, clients: int, rng: np.random.Generator) -> list[Numbers]:
+    """Deal the image numbers 0 .. n-1 at random: disjoint parts that hold all images. Their sizes differ by 0 or 1."""
     if not 1 <= clients <= n // 2:
         raise ValueError(
             f"{clients} clients can't share {n} images: each needs one to train and one to validate on; "
@@ -219,29 +221,8 @@ def partition_iid(n: int, clients: int, rng: np.random.Generator) -> list[NDArra
     return np.array_split(rng.permutation(n), clients)
 
 
-def partition_dirichlet(labels: Labels, clients: int, alpha: float, rng: np.random.Generator) -> list[NDArray]:
-    """Image numbers dealt label by label in proportions drawn from a symmetric Dirichlet distribution (Yurochkin
-    et al. 2019): disjoint, all of them used. The less `alpha` > 0, the more the clients differ in labels and in size.
-
-    Everybody gets two images before, to train and to validate on: ours.
-    """
-    first = partition_iid(len(labels), clients, rng)
-    parts, left = [part[:2] for part in first], np.concatenate([part[2:] for part in first])
-    for label in np.unique(labels):
-        images = left[labels[left] == label]
-        ends = np.cumsum(rng.dirichlet(np.full(clients, alpha))) * len(images)
-        dealt = np.split(images, np.round(ends[:-1]).astype(int))
-        parts = [np.concatenate([part, more]) for part, more in zip(parts, dealt)]
-    return [rng.permutation(part) for part in parts]
-
-
-def partition_quantity(n: int, clients: int, alpha: float, rng: np.random.Generator) -> list[NDArray]:
-    """Image numbers dealt at random in proportions drawn from a Dirichlet distribution (Li et al. 2022), as above."""
-    return partition_dirichlet(np.zeros(n, int), clients, alpha, rng)
-
-
 def flip_labels(labels: Labels, fraction: float, rng: np.random.Generator) -> Labels:
-    """A random `fraction` (0 to 1) of labels flipped, both ways."""
+    """A copy of the labels in which a random `fraction` (0 to 1) is flipped, both ways."""
     if not 0 <= fraction <= 1:
         raise ValueError(f"share of flipped labels {fraction} must be at least 0 and at most 1")
     flipped = labels.copy()
@@ -250,31 +231,8 @@ def flip_labels(labels: Labels, fraction: float, rng: np.random.Generator) -> La
     return flipped
 
 
-def flip_one_way(labels: Labels, fraction: float, rng: np.random.Generator) -> Labels:
-    """A random `fraction` (0 to 1) of the ill called normal."""
-    flipped, ill = labels.copy(), np.flatnonzero(labels == 1)
-    flipped[rng.choice(ill, round(fraction * len(ill)), replace=False)] = 0
-    return flipped
-
-
-# name -> attack(labels [n], fraction, rng) -> labels [n]: what a malicious client does to its own labels. The last two
-# also submit something else than what they have trained: see model.ATTACKS and model.OMNISCIENT.
-ATTACKS: dict[str, Callable[[Labels, float, np.random.Generator], Labels]] = {
-    "label_flip": flip_labels,
-    "one_way_flip": flip_one_way,
-    "scaled": flip_labels,
-    "hug": flip_labels,
-}
-# name -> partition(labels [n], clients, alpha, rng) -> the clients' image numbers
-PARTITIONS: dict[str, Callable[[Labels, int, float, np.random.Generator], list[NDArray]]] = {
-    "iid": lambda labels, clients, alpha, rng: partition_iid(len(labels), clients, rng),
-    "dirichlet": partition_dirichlet,
-    "quantity": lambda labels, clients, alpha, rng: partition_quantity(len(labels), clients, alpha, rng),
-}
-
-
 def malicious_count(clients: int, fraction: float) -> int:
-    """How many of the clients are malicious; ValueError unless they stay a minority."""
+    """The number of malicious clients. Raises ValueError if they are not a minority."""
     if not 0 <= fraction <= 1:
         raise ValueError(f"malicious fraction {fraction} must be at least 0 and below 0.5")
     count = round(fraction * clients)
@@ -290,27 +248,29 @@ def share_out(
     clients: int,
     malicious: float,
     seed: int,
-    attack: str = "label_flip",
+    *,
+    poison: Callable[[Labels, float, np.random.Generator], Labels] | None = flip_labels,
     flip: float = 1.0,
-    partition: str = "iid",
+    partition: Callable[[Labels, int, float, np.random.Generator], list[Numbers]] | None = None,
     alpha: float = 0.5,
 ) -> tuple[list[Share], Labels]:
-    """Deal the training images to the clients by the named partition and let the malicious ones attack their labels.
+    """Deal the training images to the clients and let the malicious clients attack their labels.
 
-    `malicious` is the fraction of malicious clients, `flip` the share of labels that each of them changes,
-    validation included. An attack that is not in ATTACKS leaves the labels alone. Returns one Share a client and
-    the labels [n] as the clients see them. The same seed gives the same split whatever the attack.
+    `malicious` is the fraction of malicious clients. `poison(labels, flip, rng)` is what each of them does to the
+    labels of its whole share, validation included (None: nothing). `partition(labels, clients, alpha, rng)` deals the
+    images (None: `partition_iid`). Returns one Share per client, and the labels [n] as the clients see them. A seed
+    gives the same split for every attack.
     """
     rng = np.random.default_rng([seed, 0])
-    parts = PARTITIONS[partition](labels, clients, alpha, rng)
+    parts = partition(labels, clients, alpha, rng) if partition else partition_iid(len(labels), clients, rng)
     bad = set(rng.permutation(clients)[: malicious_count(clients, malicious)].tolist())
     seen = labels.copy()
     shares = []
     for client, part in enumerate(parts):
         held_out = max(1, int(VALIDATION * len(part)))
         shares.append(Share(part[held_out:], part[:held_out], client in bad))
-        if client in bad and attack in ATTACKS:
-            seen[part] = ATTACKS[attack](labels[part], flip, rng)
+        if client in bad and poison:
+            seen[part] = poison(labels[part], flip, rng)
     return shares, seen
 
 
@@ -318,9 +278,9 @@ def share_out(
 
 
 def write_png(dataset: Dataset, shares: list[Share], labels: Labels, folder: Path) -> int:
-    """Write every training image to folder/client-03/pneumonia/00042.png, lossless; returns how many.
+    """Write each training image to a lossless file like folder/client-03/pneumonia/00042.png. Returns their number.
 
-    The label's folder is the label as the client sees it, the file's name is the image's number.
+    The folder `pneumonia` or `normal` is the label that the client sees. The file's name is the image's number.
     """
     from PIL import Image
 
@@ -335,7 +295,7 @@ def write_png(dataset: Dataset, shares: list[Share], labels: Labels, folder: Pat
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Write the clients' training images as PNG files.")
-    parser.error = lambda message: parser.exit(2, f"data.py: {message}\n")
+    parser.error = lambda message: parser.exit(2, f"data.py: {message}\n")  # type: ignore[method-assign]
     parser.add_argument("--png", metavar="DIR", type=Path, required=True, help="a new folder for the images")
     parser.add_argument("--dataset", choices=DATASETS, default="auto", help="default: %(default)s")
     parser.add_argument("--data-root", metavar="DIR", help=f"folder of {FILE} (default: MADSIM_DATA, else medmnist's)")

@@ -1,8 +1,8 @@
-"""The client side: the network, all clients' local training at once, attacks on what a client submits.
+"""The clients: the network, the local training of all clients at once and its plain twin, evaluation.
 
-Network and training are written for one client. `train_clients` lifts them to all with `torch.func.vmap`
-(`method="stacked"`), or trains one after another with `torch.optim.Adam` (`method="loop"`): the plain twin of the
-fast way, equal to it up to rounding. `Clients` are those of a run, with their data: what a round asks of them.
+The network and its training are written for one client. `train_clients` with `method="stacked"` lifts them to all
+clients with `torch.func.vmap`. With `method="loop"` it trains one client after another with `torch.optim.Adam`: this is
+the plain twin of the fast way, and gives the same up to rounding. `Clients` are the clients of a run with their data.
 
 Shapes: C clients, S steps, B batch, P parameters, n images; ci and co channels in and out, k kernel size.
 """
@@ -10,6 +10,7 @@ Shapes: C clients, S steps, B batch, P parameters, n images; ci and co channels 
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,16 +22,12 @@ from torch.optim.adam import adam
 
 HIDDEN = (64, 32)  # testbed: units of the two hidden linear layers
 DROPOUT = (0.3, 0.2)  # testbed: after each of them
-ADAM = dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, amsgrad=False, maximize=False)  # PyTorch's own
+ADAM: dict[str, Any] = dict(
+    beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, amsgrad=False, maximize=False
+)  # PyTorch's own
 METHODS = ("stacked", "loop")
-BLOCK = 32  # ours, measured: clients trained at once, which bounds the memory; 8 take 15 % longer, 64 as long
-NOISE = 0.5  # ours: ten times the standard deviation of an initial weight, 0.04
-SCALE = 10.0  # the paper's number of clients: so enlarged, one change outweighs the nine others
-DEVIATIONS = 1.5  # Baruch et al.'s own z in their experiments
-EPSILON = 5.0  # ours: above 4, at which 20 % attackers turn the average
-SMALL = 1e-12  # a distance that is none
-HUG = 1.2  # ours: within the 1.25 spreads of trust.Settings.outlying
-EVALUATED = (8, 28)  # ours, measured: groups, and images in each, that are evaluated at once
+BLOCK = 32  # ours, measured: clients trained at once, which bounds the memory. 8 take 15 % longer, 64 just as long.
+EVALUATED = (8, 28)  # ours, measured: groups, and images per group, that are evaluated at once
 
 
 # ---------------------------------------------------------------- the network of one client
@@ -44,11 +41,11 @@ def convolve_pool(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 class Network(nn.Module):
     """The testbed's LeNet-like network of 21,166 parameters: images [B, 1, 28, 28] in [-1, 1] to logits [B, 2].
 
-    `keep` [B, 96] are the dropout factors of the two hidden layers, 0 or 1 / (1 - p); None: no dropout. They are
-    given, not drawn, so that a client's randomness depends on nothing but the seed, the round and the client.
+    `keep` [B, 96] are the dropout factors of the two hidden layers, 0 or 1 / (1 - p). None means no dropout. The caller
+    draws them, so that a client's randomness depends on the seed, the round and the client alone.
     """
 
-    def __init__(self, block: Callable[[Tensor, Tensor, Tensor], Tensor] = convolve_pool):
+    def __init__(self, block: Callable[..., Tensor] = convolve_pool):
         super().__init__()
         self.block = block
         self.conv1, self.conv2 = nn.Conv2d(1, 6, 5), nn.Conv2d(6, 16, 5)
@@ -56,7 +53,7 @@ class Network(nn.Module):
         self.output = nn.Linear(HIDDEN[1], 2)
 
     def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
-        keep1, keep2 = (1, 1) if keep is None else keep.split(HIDDEN, 1)
+        keep1, keep2 = (1.0, 1.0) if keep is None else keep.split(HIDDEN, 1)
         x = self.block(images, self.conv1.weight, self.conv1.bias)  # [B, 6, 12, 12]
         x = self.block(x, self.conv2.weight, self.conv2.bias)  # [B, 16, 4, 4]
         x = self.hidden1(x.flatten(1)) * keep1  # [B, 64]; the testbed has no activation after its linear layers
@@ -65,7 +62,7 @@ class Network(nn.Module):
 
 
 def initial_weights(seed: int) -> Tensor:
-    """PyTorch's own initialisation of the network, determined by the seed, as one row of weights w [P]."""
+    """PyTorch's own initialisation of the network as one row of weights w [P], determined by the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return nn.utils.parameters_to_vector(Network().parameters()).detach()
@@ -75,12 +72,12 @@ def initial_weights(seed: int) -> Tensor:
 
 
 class ConvolvePool(torch.autograd.Function):
-    """`convolve_pool`, made for vmap: one matrix product a layer and direction, whatever the number of clients.
+    """`convolve_pool` made for vmap: one matrix product per layer and direction for any number of clients.
 
-    Pooled output (y, x) depends on the (k+1) x (k+1) patch of the input at (2y, 2x); the four convolutions that
-    it is the maximum of are four shifted kernels on that same patch. The batch is innermost in memory, so that
-    patches are copied in runs. A tie in a pooling window gives the whole gradient to its first element in reading
-    order, as `F.max_pool2d` does: X-rays have flat black areas where whole windows tie.
+    The pooled output at (y, x) depends on the (k+1) x (k+1) patch of the input at (2y, 2x). It is the maximum of four
+    convolutions, which are four shifted kernels on that same patch. The batch is innermost in memory, so patches are
+    copied in long runs. If elements of a pooling window tie, the first one in reading order gets the whole gradient, as
+    in `F.max_pool2d`. Ties do occur: X-rays have flat black areas.
     """
 
     generate_vmap_rule = True
@@ -114,16 +111,16 @@ class ConvolvePool(torch.autograd.Function):
         left = torch.ops.aten.threshold_backward(grad, pooled, 0).permute(1, 2, 3, 0)  # ReLU's gradient [co, h, w, B]
         grad_bias = left.sum((1, 2, 3))
         parts = []
-        for element in (z[3], z[2], z[1]):  # reading order: the first element that is the maximum takes the gradient
+        for element in (z[3], z[2], z[1]):  # reading order: the first element that is the maximum gets the gradient
             parts.append(torch.ops.aten.threshold_backward(left, element - peak, -torch.finfo(z.dtype).tiny))
             left = left - parts[-1]
         grad_z = torch.cat([left, *parts[::-1]]).view(4 * co, h * w * B)
         shifts = torch.mm(grad_z, patches.T).view(2, 2, co, ci, k + 1, k + 1)
         windows = [shifts[i, j, :, :, 1 - i : 1 - i + k, 1 - j : 1 - j + k] for i in (0, 1) for j in (0, 1)]
         grad_weight = windows[0] + windows[1] + windows[2] + windows[3]
-        if not ctx.needs_input_grad[0]:  # the first layer's input is data
+        if not ctx.needs_input_grad[0]:  # the input of the first layer is data
             return None, grad_weight, grad_bias
-        half = (k + 1) // 2  # every patch is half x half windows of 2 x 2 pixels; add up where they overlap
+        half = (k + 1) // 2  # each patch is half x half windows of 2 x 2 pixels; overlapping windows add up
         grad_patches = torch.mm(kernels.T, grad_z).view(ci, half, 2, half, 2, h, w, B)
         grad_x = grad_patches.new_zeros(ci, 2, 2, h + half - 1, w + half - 1, B)
         for i in range(half):
@@ -134,23 +131,23 @@ class ConvolvePool(torch.autograd.Function):
 
 
 def fast_convolve_pool(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`convolve_pool` by the fast kernel; odd k and even H - k + 1 and W - k + 1, as in `Network`."""
+    """`convolve_pool` by the fast kernel, for odd k and even H - k + 1 and W - k + 1, as in `Network`."""
     return ConvolvePool.apply(x, weight, bias)[0]
 
 
 def batch_innermost(images: Tensor) -> Tensor:
-    """The same images [..., B, 1, 28, 28], laid out in memory as the fast kernel reads them."""
+    """The same images [..., B, 1, 28, 28] in the memory layout that the fast kernel reads."""
     return images.movedim(-4, -1).contiguous().movedim(-1, -4)
 
 
-with torch.device("meta"):  # shapes only: the weights come with each call
+with torch.device("meta"):  # shapes alone: each call brings its weights
     FAST_NETWORK = Network(fast_convolve_pool)
 SHAPES = {name: parameter.shape for name, parameter in FAST_NETWORK.named_parameters()}
 PARAMETERS = sum(shape.numel() for shape in SHAPES.values())
 
 
 def logits_of(w: Tensor, images: Tensor, keep: Tensor | None = None) -> Tensor:
-    """Logits [B, 2] of the fast network with the weights w [P]; see `Network`."""
+    """Logits [B, 2] of the fast network with weights w [P]; see `Network`."""
     parts = w.split([shape.numel() for shape in SHAPES.values()])
     parameters = {name: part.view(SHAPES[name]) for name, part in zip(SHAPES, parts)}
     return functional_call(FAST_NETWORK, parameters, (images, keep))
@@ -172,12 +169,13 @@ def train_clients(
     dropout: tuple[float, float] = DROPOUT,
     method: str = "stacked",
 ) -> tuple[Tensor, Tensor]:
-    """Every client's local training from the global weights w [P]: (W [C, P], mean training loss [C] in nats).
+    """Local training of all clients from the global weights w [P]: (W [C, P], mean training loss [C] in nats).
 
-    `images` float32 [n, 1, 28, 28] in [-1, 1] and `labels` int64 [n] are those of all clients, on w's device;
-    `members[c]` are the numbers of client c's training images, `rngs[c]` draws its order and its dropout.
-    Clients may differ in size: each makes epochs * ceil(size / batch_size) steps of Adam, made afresh, the last
-    short batch of an epoch kept. `method` is "stacked" (all clients at once) or "loop" (one by one).
+    `images` float32 [n, 1, 28, 28] in [-1, 1] and `labels` int64 [n] belong to all clients together and lie on w's
+    device. `members[c]` are the numbers of the training images of client c. `rngs[c]` draws their order and the
+    dropout. Clients may differ in size: each makes epochs * ceil(size / batch_size) steps with a new Adam, and the last
+    short batch of an epoch is kept. `method` is "stacked" (all clients at once) or "loop" (one by one). Raises
+    ValueError for another method.
     """
     if method not in METHODS:
         raise ValueError(f"method {method!r} is unknown; known: {', '.join(METHODS)}")
@@ -200,16 +198,16 @@ def draw_batches(
     batch_size: int,
     dropout: tuple[float, float],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The clients' batches of image numbers, int64 [C, S, B], and dropout factors, float32 [C, S, B, 96].
+    """The clients' batches of image numbers, int64 [C, S, B], and their dropout factors, float32 [C, S, B, 96].
 
-    A batch that is short, or that a client with fewer images does not have, is filled up with -1. B is the batch
-    size, or how many images the clients have if that is less.
+    -1 fills up short batches, and the missing batches of clients with fewer images. B is the batch size, or the largest
+    number of images per client if that is smaller.
     """
-    widths = [min(batch_size, len(own)) for own in members]  # what a client draws depends on no other client
+    widths = [min(batch_size, len(own)) for own in members]  # a client's draws do not depend on other clients
     steps = [epochs * -(-len(own) // width) for own, width in zip(members, widths)]
     numbers = np.full((len(members), max(steps), max(widths)), -1)
     keep = np.ones((*numbers.shape, sum(HIDDEN)), np.float32)
-    p = np.repeat(np.float32(dropout), HIDDEN)  # [96]
+    p = np.repeat(np.array(dropout, np.float32), HIDDEN)  # [96]
     for c, (own, rng) in enumerate(zip(members, rngs)):
         epoch_of = numbers[c, : steps[c]].reshape(epochs, -1)  # [epochs, steps an epoch * B]
         for epoch in range(epochs):
@@ -223,10 +221,10 @@ def draw_batches(
 def batch_losses(
     W: Tensor, images: Tensor, labels: Tensor, pick: Tensor, share: Tensor, keep: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The clients' cross-entropies in nats, each on its batch `pick` [C, B] of the images: summed, and [C].
+    """The clients' cross-entropies in nats, each on its batch `pick` [C, B] of the images: their sum, and each one [C].
 
-    As a client's loss depends on its own row of W [C, P] alone, the sum's gradient [C, P] holds every client's own.
-    `share` [C, B] is 1 / (batch's size), and 0 where a short batch is filled up.
+    A client's loss depends on its own row of W [C, P] alone. So the gradient of the sum [C, P] holds the gradient of
+    every client. `share` [C, B] is 1 / (size of the batch), and 0 where a short batch is filled up.
     """
     logits = vmap(logits_of)(W, batch_innermost(images[pick]), keep)  # [C, B, 2]
     losses = F.cross_entropy(logits.flatten(0, 1), labels[pick].flatten(), reduction="none").view_as(share) * share
@@ -234,11 +232,11 @@ def batch_losses(
 
 
 def record(function: Callable, *arguments: Tensor) -> Callable:
-    """The function as the plain operations that it comes to for arguments of these shapes.
+    """Record the operations that the function runs for arguments of these shapes.
 
-    vmap and autograd walk through the network in Python, which takes longer than the arithmetic. So they do it once
-    for each size, and every step replays the operations that they came to. (torch.jit is said to be deprecated;
-    without its trace the same recording runs from Python, some 20 % slower.)
+    vmap and autograd walk through the network in Python, which takes longer than the arithmetic. So they do it once per
+    size, and every step replays the recorded operations. PyTorch calls torch.jit deprecated. Without its trace the
+    recording would run from Python and be about 20 % slower.
     """
     operations = make_fx(function)(*arguments)
     with warnings.catch_warnings():
@@ -248,7 +246,7 @@ def record(function: Callable, *arguments: Tensor) -> Callable:
 
 @cache
 def recorded_gradients(clients: int, batch: int, device: torch.device, dtype: torch.dtype) -> Callable:
-    """`batch_losses`' arguments to gradients [C, P] and losses [C], recorded for one size of batch."""
+    """The recorded function from the arguments of `batch_losses` to gradients [C, P] and losses [C], for one size."""
     new = partial(torch.zeros, device=device, dtype=dtype)
     W, images, labels = new(clients, PARAMETERS), new(1, 1, 28, 28), new(1).long()
     pick, share, keep = new(clients, batch).long(), new(clients, batch), new(clients, batch, sum(HIDDEN))
@@ -259,11 +257,11 @@ def recorded_gradients(clients: int, batch: int, device: torch.device, dtype: to
 def train_stacked(
     w: Tensor, images: Tensor, labels: Tensor, lr: float, numbers: np.ndarray, keep: np.ndarray
 ) -> tuple[Tensor, Tensor]:
-    """All clients at once: see `train_clients` and, for `numbers` and `keep`, `draw_batches`.
+    """Train all clients at once; see `train_clients`, and `draw_batches` for `numbers` and `keep`.
 
-    Nothing in the loop over steps waits for the device: what the steps need is sent there before.
+    The loop over steps never waits for the device: the data that it needs are sent there before.
     """
-    torch.empty(8_000_000)  # once freed, 32 MB make glibc keep freed memory instead of returning it in every step
+    torch.empty(8_000_000)  # after 32 MB were freed once, glibc keeps freed memory for the next step
     sizes = (numbers >= 0).sum(2)  # [C, S]
     widths, last = sizes.max(0), (sizes > 0).sum(1) - 1  # [S], [C]
     picks = torch.from_numpy(numbers.clip(0)).to(w.device)  # [C, S, B]
@@ -279,7 +277,7 @@ def train_stacked(
         gradient, loss = gradients(W, images, labels, picks[:, s, :B], shares[:, s, :B], keeps[:, s, :B])
         adam([W], [gradient], [mean], [square], [], [count], lr=lr, fused=True, **ADAM)
         losses.append(loss)
-        for c in np.flatnonzero(last == s):  # a client with fewer batches is done; its row goes on unused
+        for c in np.flatnonzero(last == s):  # a client with fewer batches is done; its row is computed on, unused
             trained[c] = W[c]
     return trained, (torch.stack(losses, 1) * portions).sum(1)
 
@@ -287,7 +285,7 @@ def train_stacked(
 def train_loop(
     w: Tensor, images: Tensor, labels: Tensor, lr: float, numbers: np.ndarray, keep: np.ndarray
 ) -> tuple[Tensor, Tensor]:
-    """One client, as one would write it for itself: the plain twin of `train_stacked`; numbers [1, S, B]."""
+    """Train one client in plain PyTorch, numbers [1, S, B]: the twin of `train_stacked`."""
     with torch.device("meta"):
         network = Network().to(w.dtype)
     network.to_empty(device=w.device)
@@ -311,16 +309,16 @@ def train_loop(
 
 @cache
 def recorded_logits(device: torch.device, dtype: torch.dtype) -> Callable:
-    """Logits of one w [P] on the images [G, B, 1, 28, 28] of G groups, recorded; no dropout.
+    """The recorded function from w [P] and the images [G, B, 1, 28, 28] of G groups to logits, without dropout.
 
-    In groups, as training does: MKL's batched products keep their speed where one long product may lose half of it.
+    Groups, as in training: MKL's batched products keep their speed, while one long product can lose half of it.
     """
     w = torch.zeros(PARAMETERS, device=device, dtype=dtype)
-    return record(vmap(lambda w, images: logits_of(w, images), (None, 0)), w, lay_out(w.new_zeros(1, 1, 28, 28))[0])
+    return record(vmap(logits_of, (None, 0)), w, lay_out(w.new_zeros(1, 1, 28, 28))[0])
 
 
 def lay_out(images: Tensor) -> Tensor:
-    """Images [n, 1, 28, 28] as `predict` takes them: [K, G, B, 1, 28, 28], the last part filled up with blanks."""
+    """Images [n, 1, 28, 28] as `predict` takes them: [K, G, B, 1, 28, 28]. Blank images fill up the last part."""
     size = EVALUATED[0] * EVALUATED[1]
     blanks = images.new_zeros(-len(images) % size, *images.shape[1:])
     return batch_innermost(torch.cat([images, blanks]).view(-1, *EVALUATED, *images.shape[1:]))
@@ -328,113 +326,42 @@ def lay_out(images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def predict(w: Tensor, images: Tensor) -> Tensor:
-    """Logits [K * G * B, 2] of the weights w [P] on images laid out by `lay_out`; after the n-th they are of blanks."""
+    """Logits [K * G * B, 2] of weights w [P] on images from `lay_out`. Those after the n-th belong to blank images."""
     logits = recorded_logits(w.device, w.dtype)
     return torch.cat([logits(w, part) for part in images]).flatten(0, 1)
 
 
 def evaluate(w: Tensor, images: Tensor, labels: Tensor) -> dict[str, float]:
-    """The `metrics` of the weights w [P] on images float32 [n, 1, 28, 28] with labels int64 [n]."""
+    """The `metrics` of weights w [P] on images float32 [n, 1, 28, 28] with labels int64 [n]."""
     return metrics(predict(w, lay_out(images))[: len(labels)], labels)
 
 
 def metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Metrics of logits [n, 2]: loss (cross-entropy, nats), accuracy, sensitivity (share of pneumonia found),
-    specificity (share of normal found), auc (area under the ROC curve). NaN where the logits or a class lack."""
-    loss = F.cross_entropy(logits, labels).item()
+    """Loss (cross-entropy, nats), accuracy, sensitivity, specificity and auc of logits [n, 2].
+
+    Sensitivity is the share of pneumonia found, specificity the share of normal found, auc the area under the ROC
+    curve. A value is NaN if its class is absent or the logits are not finite.
+    """
+    from sklearn.metrics import roc_auc_score
+
     margin, truth = (logits[:, 1] - logits[:, 0]).cpu().numpy(), labels.cpu().numpy() == 1
     right = (margin > 0) == truth
     both = truth.any() and not truth.all()
     return {
-        "loss": loss,
+        "loss": F.cross_entropy(logits, labels).item(),
         "accuracy": float(right.mean()),
         "sensitivity": float(right[truth].mean()) if truth.any() else float("nan"),
         "specificity": float(right[~truth].mean()) if not truth.all() else float("nan"),
-        "auc": area_under_curve(margin, truth) if both and np.isfinite(margin).all() else float("nan"),
+        "auc": float(roc_auc_score(truth, margin)) if both and np.isfinite(margin).all() else float("nan"),
     }
 
 
-def area_under_curve(margin: np.ndarray, truth: np.ndarray) -> float:
-    """Area under the ROC curve from the ranks of the margins [n], ties counting half (Mann and Whitney 1947).
-
-    Scikit-learn's roc_auc_score gives the same, with checks of its input that take 1 % of a round.
-    """
-    from scipy.stats import rankdata
-
-    ranks = rankdata(margin)
-    return float((ranks[truth].mean() - (truth.sum() + 1) / 2) / (~truth).sum())
-
-
 def metrics_by_client(logits: Tensor, labels: Tensor, owner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Loss (nats) and accuracy, [C] each, of logits [n, 2] on every client's own images: `owner` [n] is whose."""
+    """Loss (nats) [C] and accuracy [C] per client, from logits [n, 2]; `owner` [n] is the client of each image."""
     losses = F.cross_entropy(logits, labels, reduction="none").cpu().numpy()
     right = ((logits[:, 1] > logits[:, 0]).long() == labels).cpu().numpy()
     sizes = np.bincount(owner)
     return np.bincount(owner, losses) / sizes, np.bincount(owner, right) / sizes
-
-
-# ---------------------------------------------------------------- attacks on what a client submits
-
-
-def submit_nan(W: Tensor, w: Tensor, rng: np.random.Generator) -> Tensor:
-    """A broken or crude client: NaN in every weight."""
-    return torch.full_like(W, float("nan"))
-
-
-def flip_sign(W: Tensor, w: Tensor, rng: np.random.Generator) -> Tensor:
-    """The opposite of what was trained (as in Li et al. 2019)."""
-    return w - (W - w)
-
-
-def add_noise(W: Tensor, w: Tensor, rng: np.random.Generator) -> Tensor:
-    """What was trained, with normal noise on every weight."""
-    return W + torch.from_numpy(rng.normal(0, NOISE, W.shape)).to(W)
-
-
-def scale_up(W: Tensor, w: Tensor, rng: np.random.Generator) -> Tensor:
-    """The change, many times as large (Bagdasaryan et al. 2020). The labels are flipped, see data.ATTACKS."""
-    return w + SCALE * (W - w)
-
-
-def a_little_is_enough(W: Tensor, w: Tensor, rng: np.random.Generator) -> Tensor:
-    """ALIE (Baruch et al. 2019): a little off in every weight. All submit the mean of what they trained, honestly, less
-    so many standard deviations that it still looks usual: 1.5, as in the paper's experiments, whose formula gives 0
-    for two of ten. One malicious client alone has no deviation, and does no harm."""
-    return (W.mean(0) - DEVIATIONS * W.std(0, correction=0)).expand_as(W)
-
-
-def manipulate_inner_product(W: Tensor, w: Tensor, rng: np.random.Generator) -> Tensor:
-    """IPM (Xie et al. 2020): the mean change, backwards, enlarged. All submit it, so large that the average of all
-    clients turns against the honest ones. The mean is that of what they trained, honestly; there it is the others'."""
-    return (w - EPSILON * (W.mean(0) - w)).expand_as(W)
-
-
-# name -> attack(W [m, P], w [P], rng) -> [m, P]: what the m malicious clients submit instead of their trained
-# weights W, knowing the global weights w that they got.
-ATTACKS: dict[str, Callable[[Tensor, Tensor, np.random.Generator], Tensor]] = {
-    "nan": submit_nan,
-    "sign_flip": flip_sign,
-    "noise": add_noise,
-    "scaled": scale_up,
-    "alie": a_little_is_enough,
-    "ipm": manipulate_inner_product,
-}
-
-
-def hug(W: Tensor, honest: Tensor, w: Tensor, rng: np.random.Generator) -> Tensor:
-    """Ours: knows MAD, flips labels, stays near enough to be kept. It sees every model, and goes from the honest
-    clients' centre towards what it has trained, no farther than 1.2 times their median distance from it: MAD calls
-    nobody outlying within 1.25 times the greatest such median so far."""
-    if not len(honest):  # all excluded: nothing is left to hide from
-        return W
-    centre = honest.mean(0)
-    reach = HUG * (honest - centre).norm(dim=1).median()
-    away = W - centre
-    return centre + away * (reach / away.norm(dim=1, keepdim=True).clamp(min=SMALL)).clamp(max=1)
-
-
-# The same, for attackers who also see what the honest clients submit: attack(W [m, P], honest [h, P], w [P], rng).
-OMNISCIENT: dict[str, Callable[[Tensor, Tensor, Tensor, np.random.Generator], Tensor]] = {"hug": hug}
 
 
 # ---------------------------------------------------------------- the clients of a run
@@ -443,11 +370,11 @@ OMNISCIENT: dict[str, Callable[[Tensor, Tensor, Tensor, np.random.Generator], Te
 class Clients:
     """The clients of a run and their data on the device: what a round asks of them.
 
-    `train` is the images uint8 [n, 28, 28] and labels int64 [n] without and with the attack on them, of which `shares`
-    has, for each client, the numbers it trains on (`train`) and validates on (`validation`), and whether it is
-    `malicious`; `test` the test images and labels. `attack` is the name of what malicious clients do, the round from
-    which they do it, and for how many rounds at a time (None: without a pause). `training` is `train_clients`'.
-    Raises ValueError for the device cuda where there is none.
+    `train` is the images uint8 [n, 28, 28], their labels int64 [n], and the labels under attack. `shares` has one
+    data.Share per client: the numbers of its images, and whether it is malicious. `test` is the test images and labels.
+    `attacking(t)` says whether the malicious clients attack in round t. `submit(W [m, P], w [P], honest [h, P], rng)`
+    is what they then submit. `training` are the options of `train_clients`. Raises ValueError for the device cuda on a
+    machine without one.
     """
 
     def __init__(
@@ -457,12 +384,14 @@ class Clients:
         shares: Sequence,
         *,
         seed: int,
-        attack: tuple[str, int, int | None],
+        attacking: Callable[[int], bool],
+        submit: Callable[[Tensor, Tensor, Tensor, np.random.Generator], Tensor],
         device: str,
         threads: int | None,
-        **training,
+        **training: Any,
     ):
-        self.shares, self.seed, self.attack_plan, self.training = shares, seed, attack, training
+        self.shares, self.seed, self.training = shares, seed, training
+        self.attacking, self.submit = attacking, submit
         self.device = pick_device(device)
         if threads:
             torch.set_num_threads(threads)
@@ -472,21 +401,23 @@ class Clients:
         images, true, attacked = train
         self.images, self.labels = self.tensors(images, true)
         self.attacked_labels = self.tensors(images[:0], attacked)[1]
-        # What every round evaluates in one pass: the test images, then the clients' own validation images.
+        # Each round evaluates in one pass: the test images, then the clients' own validation images.
         test_images, self.test_labels = self.tensors(*test)
         self.own = np.concatenate([share.validation for share in shares])
         self.owner = np.repeat(np.arange(len(shares)), [len(share.validation) for share in shares])
         self.evaluated = lay_out(torch.cat([test_images, self.images[self.own]]))
 
     def tensors(self, images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Images [n, 1, 28, 28] scaled to [-1, 1] (testbed) and labels [n], on the device."""
+        """The images [n, 1, 28, 28], scaled to [-1, 1] as in the testbed, and the labels [n], on the device."""
         scaled = torch.tensor(images, device=self.device).float().div(127.5).sub(1)[:, None]
         return scaled, torch.tensor(labels, device=self.device)
 
     def train(self, w: np.ndarray, asked: np.ndarray, t: int) -> tuple[Tensor, np.ndarray]:
-        """Round t's local training of the clients `asked` [C] from the server's global weights w [P]: (their models
-        [n, P], mean training loss [C])."""
-        who = np.flatnonzero(asked)
+        """Local training of the clients `asked` [C] in round t from the global weights w [P].
+
+        Returns the models [n, P] of these n clients, and the mean training loss [C], which is NaN for the others.
+        """
+        who = np.flatnonzero(asked).tolist()
         rngs = [np.random.default_rng([self.seed, t, client, 1]) for client in who]
         members = [self.shares[client].train for client in who]
         W, loss = train_clients(self.send(w), self.images, self.labels_in(t), members, rngs, **self.training)
@@ -495,31 +426,23 @@ class Clients:
         return W, losses
 
     def attack(self, W: Tensor, w: np.ndarray, asked: np.ndarray, t: int) -> np.ndarray:
-        """The submissions [C, P] as the server gets them; NaN rows of clients that were not asked."""
-        bad, name = self.malicious[asked], self.attack_plan[0]
+        """The submissions [C, P] that the server gets in round t. Rows of clients that were not asked are NaN."""
+        bad = self.malicious[asked]
         if bad.any() and self.attacking(t):
             rng = np.random.default_rng([self.seed, t, 2])
-            if name in ATTACKS:
-                W[bad] = ATTACKS[name](W[bad], self.send(w), rng)
-            if name in OMNISCIENT:
-                W[bad] = OMNISCIENT[name](W[bad], W[~bad], self.send(w), rng)
+            W[bad] = self.submit(W[bad], self.send(w), W[~bad], rng)
         submitted = np.full((len(asked), W.shape[1]), np.nan, np.float32)
         submitted[asked] = W.cpu().numpy()
         return submitted
 
     def evaluate(self, w: np.ndarray, t: int) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
-        """Loss and accuracy [C] on the clients' own validation data in round t, and the metrics on the test set."""
+        """Loss [C] and accuracy [C] on the clients' own validation data in round t, and the metrics on the test set."""
         logits, n = predict(self.send(w), self.evaluated), len(self.test_labels)
         test, own = logits[:n], logits[n : n + len(self.own)]
         return *metrics_by_client(own, self.labels_in(t)[self.own], self.owner), metrics(test, self.test_labels)
 
-    def attacking(self, t: int) -> bool:
-        """Whether malicious clients attack in round t."""
-        _, start, period = self.attack_plan
-        return t >= start and (period is None or (t - start) // period % 2 == 0)
-
     def labels_in(self, t: int) -> Tensor:
-        """The labels [n] as the clients see them in round t."""
+        """The labels [n] that the clients see in round t."""
         return self.attacked_labels if self.attacking(t) else self.labels
 
     def send(self, w: np.ndarray) -> Tensor:
@@ -528,7 +451,7 @@ class Clients:
 
 
 def pick_device(name: str) -> torch.device:
-    """The torch device of `--device`; ValueError for cuda where there is none."""
+    """The torch device named by `--device`. Raises ValueError for cuda on a machine without a CUDA device."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda: this machine has 0 usable CUDA devices; use --device cpu or auto")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

@@ -1,43 +1,42 @@
-"""The server side: equations (1)-(7) of the paper, exclusion, and the rules MAD is compared with.
+"""The server: equations (1)-(7) of the paper, exclusion, and FedAvg.
 
-The order is the paper's: a client's distance from the main cluster gives d, d gives the reputation R
-(equations (1)-(4)), d and R give the trust (equations (5)-(7)), and trust below a threshold excludes.
+The order is the paper's. A client's distance from the main cluster gives d. d gives the reputation R by equations
+(1)-(4). d and R give the trust by equations (5)-(7). A client whose trust is below a threshold is excluded.
 
-Shapes: C clients, n clients that are scored, P parameters, t round (the first is 1).
+Shapes: C clients, n scored clients, P parameters, t round (the first is 1).
 """
 
 from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields
 from numbers import Integral, Real
 from sys import float_info
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-LLOYD_STEPS = 300  # at most, as in scikit-learn
-WEISZFELD_STEPS = 10_000  # at most: ours; some 30 suffice, but where one row has nearly half of the weight
-CONVERGED = 1e-9  # ours: a step so short, of the median distance
-SMOOTHING = 1e-6  # of the distances in Weiszfeld's steps (Pillutla et al. 2019)
-LAST_LAYER = slice(-66, -2)  # of a row of weights: the 2 x 32 of the network's last layer, before its 2 biases
+LLOYD_STEPS = 300  # the most steps, as in scikit-learn
 
 Array = NDArray[np.floating]
 Mask = NDArray[np.bool_]
 
 
-def setting(default, text: str, source: str, **limits):
-    """A dataclass field with its help, where its default comes from, its limits `low`, `high` or `choices`, and its
-    `option` on the command line if that has another name."""
+def setting(default: Any, text: str, source: str, **limits: Any) -> Any:
+    """A dataclass field with its help text and the source of its default.
+
+    `limits` are `low`, `high` or `choices`. `option` and `metavar` are other names of the field and of its value on the
+    command line.
+    """
     return field(default=default, metadata={"help": text, "source": source, **limits})
 
 
 def named(f: Field) -> str:
-    """A dataclass field as messages call it."""
+    """The name of a dataclass field in messages."""
     return f"{f.name} (--{f.metadata['option']})" if "option" in f.metadata else f.name
 
 
-def check_limits(settings) -> None:
-    """ValueError for the first field of the dataclass that is of another kind or lies outside its limits."""
+def check_limits(settings: Any) -> None:
+    """Raise ValueError for the first field of the dataclass that has another type or lies outside its limits."""
     for f in fields(settings):
         value, limits = getattr(settings, f.name), f.metadata
         kinds = get_args(f.type) or (f.type,)
@@ -53,21 +52,24 @@ def check_limits(settings) -> None:
 
 @dataclass(frozen=True)
 class Settings:
-    """Every point of MAD that the paper fixes or leaves open. The defaults are the preset `paper`.
+    """All settings of MAD: what the paper fixes and what it leaves open. The defaults are the preset `paper`.
 
     Raises ValueError for a value outside its range or choices.
     """
 
-    clusters: int = setting(2, "K of K-means; 1: everybody is the main cluster", "ours", choices=(1, 2))
+    clusters: int = setting(2, "K of K-means; with 1, all clients are the main cluster", "ours", choices=(1, 2))
     silhouette: float = setting(
         0.25, "mean silhouette above which a split is real", "Kaufman and Rousseeuw 1990", low=-1, high=1
     )
-    outlying: float = setting(1.25, "spreads beyond which a group is outlying", "ours, measured", low=0)
+    outlying: float = setting(1.25, "a group is outlying beyond this many spreads", "ours, measured", low=0)
     scale_floor: float = setting(
-        2.5, "without an outlying group d = 0 lies at least so many spreads away; 0: min-max", "ours, measured", low=0
+        2.5, "spreads at which d = 0 at least, without an outlying group; 0: min-max", "ours, measured", low=0
     )
     floored: str = setting(
-        "ungrouped", "when the scale floor holds: without an outlying group", "ours", choices=("ungrouped", "always")
+        "ungrouped",
+        "the scale floor holds without an outlying group, or always",
+        "ours",
+        choices=("ungrouped", "always"),
     )
     alpha: float = setting(
         0.5, "d from which reputation rises, eq. (2)", "paper", low=0, high=1, option="alpha-reputation"
@@ -80,14 +82,14 @@ class Settings:
     )
     order: str = setting("clip-smooth", "order of eqs. (3) and (4)", "paper", choices=("clip-smooth", "smooth-clip"))
     excluded: str = setting(
-        "dropped", "the excluded leave, or are still trained and scored", "paper", choices=("dropped", "observed")
+        "dropped", "excluded clients leave, or still train and are scored", "paper", choices=("dropped", "observed")
     )
-    decision: str = setting("same", "exclude by this or by the last round's trust", "ours", choices=("same", "next"))
+    decision: str = setting("same", "exclude in the same round, or in the next", "ours", choices=("same", "next"))
     first: str = setting(
         "threshold", "first exclusion: all below the threshold, or the lowest", "paper", choices=("threshold", "lowest")
     )
     nobody_left: str = setting(
-        "keep", "if nobody would be left: keep the round's clients, or all", "ours", choices=("keep", "everybody")
+        "keep", "if none would be left: keep all active, or average all", "ours", choices=("keep", "everybody")
     )
 
     def __post_init__(self):
@@ -112,20 +114,20 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class State:
-    """What the server knows after a round. Arrays are [C], NaN where a client was not scored in that round."""
+    """What the server knows after a round. Arrays are [C], with NaN for clients that were not scored in that round."""
 
     round: int
-    spread: float  # largest median distance of any round so far; 0 before the first
-    distance: Array  # from the main cluster's centre, in units of the weights
+    spread: float  # largest median distance of any round so far; 0 before the first round
+    distance: Array  # from the centre of the main cluster, in units of the weights
     d: Array  # 1 central, 0 far
     reputation: Array  # R, in [0, 1]
     trust: Array  # in [0, 1]
-    active: Mask  # who is averaged in this round
-    kept: bool = False  # everyone would have been excluded, so nobody was
+    active: Mask  # the clients that are averaged in this round
+    kept: bool = False  # True if every client fell below the threshold, in which case all were kept
 
 
 def initial_state(clients: int) -> State:
-    """Before round 1: nobody scored, everybody active."""
+    """The state before round 1: no client has been scored and all are active."""
     unscored = np.full(clients, np.nan)
     return State(0, 0.0, unscored, unscored, unscored, unscored, np.ones(clients, bool))
 
@@ -134,10 +136,10 @@ def initial_state(clients: int) -> State:
 
 
 def squared_distances(W: Array) -> Array:
-    """Squared Euclidean distances between the rows of W [n, P], as [n, n], from their Gram matrix.
+    """Squared Euclidean distances [n, n] between the rows of W [n, P], computed from their Gram matrix.
 
-    The rows are first measured from the one of median norm, so that one submission of 1e30 cannot round
-    the differences between the others away.
+    The row of median norm is subtracted from all rows first. Otherwise one submission of 1e30 would round away the
+    differences between the others.
     """
     W = W.astype(np.float64)
     norms = np.einsum("np,np->n", W, W)
@@ -150,17 +152,17 @@ def squared_distances(W: Array) -> Array:
 
 
 def centre_distances(squared: Array, members: Mask) -> Array:
-    """Distance [n] of every client from the mean of `members` [n], from squared distances [n, n]."""
+    """Distance [n] of every client from the mean of the clients in `members` [n], from squared distances [n, n]."""
     to_members = squared[:, members].mean(1) - squared[np.ix_(members, members)].mean() / 2
     return np.sqrt(np.maximum(to_members, 0))
 
 
 def two_means(squared: Array) -> Mask:
-    """K-means with K = 2 on clients given by squared distances [n, n]: which belong to the second cluster.
+    """K-means with K = 2 on squared distances [n, n]: the clients [n] that belong to the second cluster.
 
-    Lloyd's steps (1982): every client joins the nearer of the two clusters' centres, until none changes. A centre's
-    distances follow from the clients' own, so the P weights are not looked at again; scikit-learn's KMeans finds the
-    same clusters in ten times the time. It starts from the farthest pair, so no random number is drawn.
+    Lloyd's steps (1982): each client joins the cluster whose centre is nearer, until no client changes. The distances
+    from a centre follow from the distances between clients, so the P weights are not needed again. The first two
+    centres are the two clients that lie farthest apart, so no random number is drawn.
     """
     first, second = np.unravel_index(squared.argmax(), squared.shape)
     group = squared[:, second] < squared[:, first]
@@ -172,27 +174,16 @@ def two_means(squared: Array) -> Mask:
     return group
 
 
-def mean_silhouette(distances: Array, group: Mask) -> float:
-    """Mean silhouette width in [-1, 1] of `group` [n] against the rest, from distances [n, n] (Rousseeuw 1987).
-
-    A client's is (b - a) / max(a, b), with a its mean distance from the others of its cluster and b from the other
-    cluster; 0 for a client alone in its cluster.
-    """
-    same = group[:, None] == group  # [n, n]
-    size = same.sum(1)
-    a = (distances * same).sum(1) / np.maximum(size - 1, 1)
-    b = (distances * ~same).sum(1) / (len(group) - size)
-    return float(np.where(size > 1, (b - a) / np.maximum(a, b), 0).mean())
-
-
 def outlying_group(squared: Array, spread: float, settings: Settings) -> Mask:
-    """The clients [n] that form a real and far group of their own; none of them where there is no such group.
+    """The clients [n] that form an outlying group: one that is real and far. All False if there is no such group.
 
-    It is the smaller cluster of the 2-means split, if the split's mean silhouette is above
-    `settings.silhouette` and its nearest member lies beyond `settings.outlying` spreads from the larger
-    cluster's centre. Clusters of one size, fewer than three clients or identical models: no group. Ours: the
-    paper speaks of "the main cluster" and does not say which it is.
+    The group is the smaller cluster of the 2-means split. It is real if the mean silhouette of the split (Rousseeuw
+    1987) is above `settings.silhouette`. It is far if its nearest member lies beyond `settings.outlying` spreads from
+    the centre of the larger cluster. There is no group with fewer than three clients, with clusters of equal size, or
+    if all models are identical. Ours: the paper speaks of "the main cluster" and does not say which one it is.
     """
+    from sklearn.metrics import silhouette_score
+
     nobody = np.zeros(len(squared), bool)
     if settings.clusters == 1 or len(squared) < 3 or squared.max() == 0:
         return nobody
@@ -201,22 +192,23 @@ def outlying_group(squared: Array, spread: float, settings: Settings) -> Mask:
         group = ~group
     if not 0 < group.sum() * 2 < len(group):
         return nobody
-    real = mean_silhouette(np.sqrt(squared), group) > settings.silhouette
+    real = silhouette_score(np.sqrt(squared), group, metric="precomputed") > settings.silhouette
     far = centre_distances(squared, ~group)[group].min() > settings.outlying * spread
     return group if real and far else nobody
 
 
 def originals(W: Array) -> Mask:
-    """Which rows of W [n, P] are not the very same as an earlier one."""
+    """The rows of W [n, P] that are not equal to an earlier row, as a mask [n]."""
     first = {(row + 0.0).tobytes(): client for client, row in reversed([*enumerate(W)])}  # -0 + 0 = 0
     return np.isin(np.arange(len(W)), list(first.values()))
 
 
 def main_cluster(W: Array, squared: Array, spread: float, settings: Settings) -> tuple[Mask, Mask]:
-    """Which rows of W [n, P] are counted, and which of these are the main cluster: all but an outlying group.
+    """The rows of W [n, P] that count, and those of them that form the main cluster, as two masks [n].
 
-    For K = 2 a model submitted by several clients counts once: copies are the tightest of clusters, so clients that
-    copied an honest one would cost others their places. Ours.
+    The main cluster is every counted row outside the outlying group. With K = 2, a model that several clients submit
+    counts once. Copies form the tightest of all clusters, so without this rule the copies of one honest model would
+    make other honest clients look outlying. Ours.
     """
     counted = originals(W) if settings.clusters == 2 else np.ones(len(W), bool)
     main = counted.copy()
@@ -225,11 +217,11 @@ def main_cluster(W: Array, squared: Array, spread: float, settings: Settings) ->
 
 
 def normalised_distance(W: Array, spread: float, settings: Settings) -> tuple[Array, Array, float]:
-    """From the scored clients' weights W [n, P]: distance [n], d [n] in [0, 1], and the new spread.
+    """Distance [n], d [n] in [0, 1] and the new spread, from the weights W [n, P] of the scored clients.
 
-    d = 1 - (distance - lo) / (hi - lo), with lo the least distance and hi the greatest; where no outlying
-    group is found (or always: `settings.floored`), hi is at least `settings.scale_floor` spreads, so that nobody is
-    called far for being merely the farthest. hi = lo gives d = 1. Ours: the paper says "normalized Euclidean distance".
+    d = 1 - (distance - lo) / (hi - lo), where lo is the smallest distance and hi the largest. Without an outlying group
+    (or always, see `settings.floored`), hi is at least `settings.scale_floor` spreads: the farthest of some clients
+    that lie near one another is not far. hi = lo gives d = 1. Ours: the paper says "normalized Euclidean distance".
     """
     squared = squared_distances(W)
     counted, main = main_cluster(W, squared, spread, settings)
@@ -251,7 +243,7 @@ def initial_reputation(d: Array) -> Array:
 
 
 def update_reputation(previous: Array, d: Array, t: int, settings: Settings) -> Array:
-    """Equations (2)-(4): reputation R in [0, 1] at round t >= 2 from the round before."""
+    """Equations (2)-(4): reputation R [n] in [0, 1] at round t >= 2, from the reputation of the round before."""
     fading = previous / t
     rise, fall = previous + d + fading, previous + d - np.exp(-(1 - d) * fading)
     if settings.equation2 == "testbed":
@@ -265,12 +257,12 @@ def update_reputation(previous: Array, d: Array, t: int, settings: Settings) -> 
 
 
 def trust_indicator(reputation: Array, d: Array) -> Array:
-    """Equation (5): distance of (R, d) from (0, 0) less its distance from (1, 1), in [-sqrt 2, sqrt 2]."""
+    """Equation (5): the distance of (R, d) from (0, 0) minus its distance from (1, 1), in [-sqrt 2, sqrt 2]."""
     return np.hypot(reputation, d) - np.hypot(1 - reputation, 1 - d)
 
 
 def update_trust(previous: Array, indicator: Array, settings: Settings) -> Array:
-    """Equations (6) and (7): smoothed, then clipped to [0, 1]. Before the first round trust is 0."""
+    """Equations (6) and (7): trust [n], smoothed and then clipped to [0, 1]. It is 0 before the first round."""
     beta = settings.beta_trust
     return np.clip(beta * indicator + (1 - beta) * previous, 0, 1)
 
@@ -279,11 +271,11 @@ def update_trust(previous: Array, indicator: Array, settings: Settings) -> Array
 
 
 def mad_step(W: Array, state: State, t: int, mad_start: int | None, settings: Settings) -> State:
-    """Score round t's submissions W [C, P] and decide who is averaged: `State.active` of the result.
+    """Score the submissions W [C, P] of round t and decide which clients are averaged: `State.active` of the result.
 
-    Rows of clients that were not asked for a model are not looked at. A client that was asked and submits
-    NaN or infinity is excluded at once, MAD started or not, and not scored. From `mad_start` on (None:
-    never) the distrusted are excluded. Raises FloatingPointError if nobody submitted finite weights.
+    Rows of clients that were not asked for a model are ignored. A client that submits NaN or infinity is excluded at
+    once, even before MAD starts, and is not scored. From round `mad_start` on (None: never), clients with too little
+    trust are excluded. Raises FloatingPointError if no client submitted finite weights.
     """
     asked = state.active | (settings.excluded == "observed")
     finite = asked & np.isfinite(W).all(1)
@@ -310,7 +302,7 @@ def mad_step(W: Array, state: State, t: int, mad_start: int | None, settings: Se
 
 
 def distrusted(trust: Array, active: Mask, t: int, mad_start: int | None, settings: Settings) -> Mask:
-    """Who [C] is excluded on the trust [C] of round t: below the threshold, once MAD has started."""
+    """The clients [C] to exclude by the trust [C] of round t: those below the threshold, once MAD has started."""
     if mad_start is None or t < mad_start:
         return np.zeros(len(trust), bool)
     if t == mad_start and settings.first == "lowest":
@@ -318,120 +310,32 @@ def distrusted(trust: Array, active: Mask, t: int, mad_start: int | None, settin
     return trust < settings.threshold
 
 
-# ---------------------------------------------------------------- aggregation rules
+# ---------------------------------------------------------------- FedAvg
 
 
 def mean(W: Array, weights: Array, f: int) -> Array:
-    """FedAvg (McMahan et al. 2016): mean by training samples. f is not used."""
+    """FedAvg: mean by training samples (McMahan et al. 2016).
+
+    W [n, P] are the models and `weights` [n] the numbers of training samples. f is not used.
+    """
     return np.average(W, axis=0, weights=weights)
 
 
-def median(W: Array, weights: Array, f: int) -> Array:
-    """Coordinate-wise median (Yin et al. 2018). Neither weights nor f are used."""
-    return np.median(W, axis=0)
-
-
-def trimmed_mean(W: Array, weights: Array, f: int) -> Array:
-    """Mean without the f least and f greatest (Yin et al. 2018). Coordinate-wise; the weights are not used."""
-    need("trimmed_mean", len(W), f)
-    return np.sort(W, axis=0)[f : len(W) - f].mean(0)
-
-
-def krum(W: Array, weights: Array, f: int) -> Array:
-    """Krum (Blanchard et al. 2017): the row of the least score. Of equal ones the first."""
-    need("krum", len(W), f)
-    return W[krum_scores(W, f).argmin()]
-
-
-def multi_krum(W: Array, weights: Array, f: int) -> Array:
-    """Multi-Krum (Blanchard et al. 2017): the n - f of least score. Their mean; the weights are not used."""
-    need("multi_krum", len(W), f)
-    return W[krum_scores(W, f).argsort(kind="stable")[: len(W) - f]].mean(0)
-
-
-def krum_scores(W: Array, f: int) -> Array:
-    """Sum [n] of each row's squared distances from the n - f - 2 rows nearest to it (Blanchard et al. 2017)."""
-    squared = squared_distances(W)
-    np.fill_diagonal(squared, np.inf)
-    return np.sort(squared, axis=1)[:, : len(W) - f - 2].sum(1)
-
-
-def geometric_median(W: Array, weights: Array, f: int) -> Array:
-    """Least sum of distances from the rows (Pillutla et al. 2019). The sum is weighted; by Weiszfeld's steps, smoothed.
-    The point is a mean of the rows, so the steps are taken in its n coefficients. f is not used."""
-    W = W.astype(np.float64)
-    spread = np.sqrt(np.median(squared_distances(W), axis=1))
-    places = np.linalg.qr((W - W[spread.argmin()]).T, mode="r").T  # [n, n], as far apart as the rows
-    distance = spread  # to begin with, so that the steps need not come back from an outlier
-    share = np.zeros(len(W))
-    for _ in range(WEISZFELD_STEPS):
-        nearer = weights / np.maximum(distance, SMOOTHING)
-        nearer /= nearer.sum()
-        moved = np.linalg.norm((nearer - share) @ places)
-        share = nearer
-        distance = np.linalg.norm(places - share @ places, axis=1)
-        if moved <= CONVERGED * np.median(distance):
-            break
-    return share @ W
-
-
-def norm_clipping(U: Array, weights: Array, f: int) -> Array:
-    """Mean of the changes, long ones shortened (Sun et al. 2019). Those of U [n, P], to the median length: ours, as the
-    paper takes a constant. f is not used."""
-    lengths = np.linalg.norm(U, axis=1)
-    factors = np.minimum(1, np.median(lengths) / np.where(lengths > 0, lengths, 1))
-    return mean(U * factors[:, None], weights, f)
-
-
-def lfighter(U: Array, weights: Array, f: int) -> Array:
-    """LFighter (Jebreel et al. 2023): clusters the last layers. For two classes: mean of the changes U [n, P] of
-    the good one of two clusters, the larger and less alike in itself: attackers resemble one another. f is not used."""
-    last = U[:, LAST_LAYER]
-    squared = squared_distances(last)
-    if squared.max() == 0:
-        return mean(U, weights, f)
-    group = two_means(squared)
-    lengths = np.linalg.norm(last, axis=1, keepdims=True)
-    unit = last / np.where(lengths > 0, lengths, 1)
-
-    def dissimilarity(members: Mask) -> float:
-        cosine = unit[members] @ unit[members].T - np.eye(members.sum())
-        return members.mean() * (1 - cosine.min(1).mean())
-
-    good = group if dissimilarity(group) > dissimilarity(~group) else ~group
-    return mean(U[good], weights[good], f)
-
-
-def need(rule: str, clients: int, f: int) -> None:
-    """ValueError if a rule has too few clients to withstand f malicious ones."""
-    least = {"trimmed_mean": 2 * f + 1, "krum": 2 * f + 3, "multi_krum": 2 * f + 3}.get(rule, 1)
-    if clients < least:
-        raise ValueError(f"{rule} needs {least} clients to withstand {f} malicious ones; there are {clients}")
-
-
-# name -> rule(W [n, P], weights [n], f) -> w [P]; f is how many of the n clients the rule should withstand.
-RULES: dict[str, Callable[[Array, Array, int], Array]] = {
-    "mean": mean,
-    "median": median,
-    "trimmed_mean": trimmed_mean,
-    "krum": krum,
-    "multi_krum": multi_krum,
-    "geometric_median": geometric_median,
-    "norm_clipping": norm_clipping,
-    "lfighter": lfighter,
-}
-ON_CHANGES = {"norm_clipping", "lfighter"}  # these are given, and give, changes of the global weights
-
-
 def aggregate(
-    W: Array, weights: Array, active: Mask, rule: str = "mean", f: int = 0, before: Array | None = None
+    W: Array,
+    weights: Array,
+    active: Mask,
+    rule: Callable[[Array, Array, int], Array] = mean,
+    f: int = 0,
+    before: Array | None = None,
 ) -> Array:
-    """The next global weights w [P]: the active rows of W [C, P] averaged by the named rule, in W's precision.
+    """The next global weights w [P]: the `rule` applied to the active rows of W [C, P], in W's precision.
 
-    `f` of the C clients are thought malicious, `before` [P] are the last global weights. Who is no longer active is
-    taken for one of the f. Raises ValueError where the rule needs more clients.
+    `weights` [C] are the numbers of training samples. `f` is the number of malicious clients among the C. Every
+    excluded client counts as one of them, so the rule must withstand that many fewer. `before` [P] are the last global
+    weights: a rule with the attribute `on_changes` works on the changes W - before. Raises ValueError if the rule needs
+    more clients.
     """
     f = max(0, f - int((~active).sum()))
-    if rule in ON_CHANGES:
-        return (before + RULES[rule](W[active] - before, weights[active], f)).astype(W.dtype)
-    return RULES[rule](W[active], weights[active], f).astype(W.dtype)
+    origin = before if before is not None and getattr(rule, "on_changes", False) else np.zeros(1, W.dtype)
+    return (origin + rule(W[active] - origin, weights[active], f)).astype(W.dtype)

@@ -1,80 +1,79 @@
-"""How fast madsim is: `python bench/bench.py`; `--help` lists what else it measures.
+"""How fast madsim is: `python bench/bench.py`. `--help` lists the other measurements.
 
-Times are those of whole rounds of `madsim.simulate` with results written to a folder, on the phantom (the speed does
-not depend on what the images show). What is compared runs turn by turn, as a machine's speed changes by the minute.
+Times are those of whole rounds of `madsim.simulate` that write their results to a folder. The data set is the phantom,
+because the speed does not depend on the images. Compared programs run in turns, because the speed of a machine changes
+from minute to minute.
 """
 
 import argparse
+import cProfile
 import json
 import os
 import platform
+import pstats
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import madsim  # before numpy, as it says how numpy's threads wait
+import madsim  # before numpy, because it sets how numpy's threads wait
 
 # isort: split
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.func import grad
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import model
-from bench.record import Log
-from bench.several import simulate_all
-from madsim import Config, gather, simulate
-from model import Clients
+from harness.jobs import simulate_all
+from madsim import Config, gather
 
 MATRIX = 2048  # rows and columns of the product whose rate is the machine's
-PARTS = {  # what a round consists of, and the functions that do it
-    "local training": [(Clients, "train"), (Clients, "attack")],
-    "evaluation": [(Clients, "evaluate")],
-    "scoring": [(madsim, "mad_step")],
-    "averaging": [(madsim, "aggregate")],
-    "writing": [(Log, "__call__")],
+PARTS = {  # the parts of a round, with the functions that do them and their files
+    "local training": [("model.py", "train"), ("model.py", "attack")],
+    "evaluation": [("model.py", "evaluate")],
+    "scoring": [("trust.py", "mad_step")],
+    "averaging": [("trust.py", "aggregate")],
+    "writing": [("log.py", "__call__")],
 }
-CLIENTS, IMAGES = (10, 100, 1000), (1, 2, 4)  # of --scale: clients, and how often the training images are repeated
-CELL_ROUNDS, MANY_ROUNDS = 10, 300  # of --scale: rounds of a cell, and of the one that shows memory over rounds
-JOBS_RUNS, JOBS_ROUNDS = 4, 250  # of --jobs
+CLIENTS, IMAGES = (10, 100, 1000), (1, 2, 4)  # of --scale: clients, and copies of each training image
+CELL_ROUNDS, MANY_ROUNDS = 10, 300  # of --scale: rounds of a cell, and of the cell that shows memory over rounds
+JOBS_RUNS, JOBS_ROUNDS = 4, 250  # of --jobs: runs, and rounds of each
 
 
 # ---------------------------------------------------------------- tools
 
 
 def run(rounds: int, dataset: data.Dataset, **options) -> dict:
-    """summary.json's content of a run that writes its results."""
+    """The content of summary.json of a run that writes its results."""
     with tempfile.TemporaryDirectory() as folder:
-        return simulate(Config(rounds=rounds, **options), Path(folder) / "run", dataset=dataset).summary
+        return madsim.simulate(Config(rounds=rounds, **options), Path(folder) / "run", dataset=dataset).summary
 
 
-def timed(function) -> float:
-    """Seconds that a call takes."""
+def timed(function: Callable[[], object]) -> float:
+    """The seconds that a call takes."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
 
 
 def product_rate() -> float:
-    """Floating-point operations a second of one product of two large matrices."""
+    """Floating-point operations per second of one product of two large matrices."""
     matrix = torch.rand(MATRIX, MATRIX)
     return 2 * MATRIX**3 / timed(lambda: matrix @ matrix)
 
 
-def flops(clients: Clients) -> tuple[float, float]:
-    """Floating-point operations of the plain network in a round: local training, evaluation."""
+def flops(clients: model.Clients) -> tuple[float, float]:
+    """Floating-point operations of the plain network per round: of local training, and of evaluation."""
 
     def of_an_image(backward: bool) -> int:
         with FlopCounterMode(display=False) as counter:
@@ -87,26 +86,14 @@ def flops(clients: Clients) -> tuple[float, float]:
     return of_an_image(True) * clients.sizes.sum(), of_an_image(False) * evaluated
 
 
-@contextmanager
-def clocks(seconds: dict[str, list[float]]):
-    """Within it every call of a function of the `PARTS` adds its seconds to the list under its name."""
-
-    def clocked(function):
-        def call(*args, **options):
-            start = time.perf_counter()
-            result = function(*args, **options)
-            seconds[function.__name__].append(time.perf_counter() - start)
-            return result
-
-        return call
-
-    places = [place for several in PARTS.values() for place in several]
-    originals = [getattr(owner, name) for owner, name in places]
-    for (owner, name), function in zip(places, originals):
-        setattr(owner, name, clocked(function))
-    yield
-    for (owner, name), function in zip(places, originals):
-        setattr(owner, name, function)
+def parts_of(calls: cProfile.Profile) -> dict[str, float]:
+    """The seconds that a profiled run spent in each of the PARTS of its rounds."""
+    seconds = dict.fromkeys(PARTS, 0.0)
+    stats = pstats.Stats(calls).stats  # type: ignore[attr-defined]
+    for (file, _, name), (_, _, _, cumulative, _) in stats.items():
+        for part, functions in PARTS.items():
+            seconds[part] += cumulative * ((Path(file).name, name) in functions)
+    return seconds
 
 
 def heading(text: str) -> None:
@@ -115,13 +102,13 @@ def heading(text: str) -> None:
 
 
 def spread(values: list[float], unit: float = 1) -> str:
-    """Median and range, times the unit."""
+    """The median and the range in multiples of the unit."""
     low, middle, high = (function(values) * unit for function in (min, statistics.median, max))
     return f"{middle:8.2f}  ({low:.2f} to {high:.2f})"
 
 
 def ratios(ones: list[float], others: list[float]) -> list[float]:
-    """Turn by turn, which the changes of the machine's speed leave alone."""
+    """The ratios turn by turn. They do not depend on the changes of the machine's speed."""
     return [one / other for one, other in zip(ones, others)]
 
 
@@ -129,18 +116,18 @@ def ratios(ones: list[float], others: list[float]) -> list[float]:
 
 
 def bench_round(turns: int) -> None:
-    """The default round, stacked and in a loop, beside the arithmetic floor, and the parts that it consists of.
+    """The default round, stacked and in a loop, beside the arithmetic floor, and the parts of the round.
 
-    The floor: the same floating-point operations at this machine's own rate for a large matrix product.
+    The floor is the time of the same floating-point operations at this machine's rate for a large matrix product.
     """
     dataset = data.load("phantom")
     training, evaluation = flops(gather(Config(), dataset))
     for method in model.METHODS:
         run(2, dataset, method=method)  # warm up
-    seconds, calls, floors = defaultdict(list), defaultdict(list), []
+    seconds: dict[str, list[float]] = defaultdict(list)
+    floors: list[float] = []
     for _ in range(turns):
-        with clocks(calls):
-            seconds["stacked"].append(run(10, dataset)["seconds_per_round"])
+        seconds["stacked"].append(run(10, dataset)["seconds_per_round"])
         seconds["loop"].append(run(3, dataset, method="loop")["seconds_per_round"])
         floors.append((training + evaluation) / product_rate())
 
@@ -150,14 +137,16 @@ def bench_round(turns: int) -> None:
         print(f"{name:<16} {spread(values, 1e3)} ms")
     print(f"stacked / floor  {spread(ratios(seconds['stacked'], floors))}")
     print(f"loop / stacked   {spread(ratios(seconds['loop'], seconds['stacked']))}")
-    print("where a stacked round's time goes")
-    parts = {part: sum(statistics.median(calls[name]) for _, name in places) for part, places in PARTS.items()}
+    print(f"the parts of a stacked round (mean of {10 * turns} profiled rounds)")
+    with cProfile.Profile() as calls:
+        run(10 * turns, dataset)
+    parts = parts_of(calls)
     for part, duration in parts.items():
-        print(f"  {part:<14} {duration * 1e3:8.2f} ms   {duration / sum(parts.values()):6.1%}")
+        print(f"  {part:<14} {duration / turns * 1e2:8.2f} ms   {duration / sum(parts.values()):6.1%}")
 
 
 def bench_run(turns: int) -> None:
-    """The whole default run, 1000 rounds of ten clients, against its floor, start-up included."""
+    """The whole default run with its start-up, 1000 rounds of ten clients, beside its arithmetic floor."""
     dataset = data.load("phantom")
     training, evaluation = flops(gather(Config(), dataset))
     rates = [product_rate() for _ in range(turns)]
@@ -167,18 +156,18 @@ def bench_run(turns: int) -> None:
     rates += [product_rate() for _ in range(turns)]
     floor = 1000 * (training + evaluation) / statistics.median(rates)
     heading(f"n = 1 run of 1000 rounds; {2 * turns} products around it")
-    print(f"{seconds:.1f} s, {summary['seconds_per_round'] * 1e3:.1f} ms a round (median)")
+    print(f"{seconds:.1f} s, {summary['seconds_per_round'] * 1e3:.1f} ms per round (median)")
     print(f"floor {floor:.1f} s at {statistics.median(rates) / 1e9:.0f} GFLOP/s; run / floor {seconds / floor:.2f}")
 
 
 def bench_scale(turns: int) -> None:
-    """Seconds a round and peak memory by clients and images; a process for each cell (Linux only)."""
+    """Seconds per round and peak memory by clients and images, in one process per cell (Linux only)."""
 
     def cell(clients: int, images: int, rounds: int) -> tuple[float, float]:
         command = [sys.executable, __file__, "--cell", *map(str, (clients, images, rounds))]
         return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
-    heading(f"median seconds a round of {CELL_ROUNDS}, and peak memory of the process")
+    heading(f"median seconds per round of {CELL_ROUNDS}, and peak memory of the process")
     print("clients" + "".join(f"{f'images x {times}':>22}" for times in IMAGES))
     peaks = {}
     for clients in CLIENTS:
@@ -189,14 +178,14 @@ def bench_scale(turns: int) -> None:
         print()
     few, many = CLIENTS[0], CLIENTS[-1]
     slope = (peaks[many, 1] - peaks[few, 1]) / (many - few)
-    print(f"memory a client  {slope:.2f} MB, from {few} to {many} clients")
+    print(f"memory per client {slope:.2f} MB, from {few} to {many} clients")
     _, peak = cell(few, 1, MANY_ROUNDS)
     slope = (peak - peaks[few, 1]) / (MANY_ROUNDS - CELL_ROUNDS) * 1e3
-    print(f"memory a round   {slope:.1f} kB, from {CELL_ROUNDS} to {MANY_ROUNDS} rounds ({peak:.0f} MB)")
+    print(f"memory per round {slope:.1f} kB, from {CELL_ROUNDS} to {MANY_ROUNDS} rounds ({peak:.0f} MB)")
 
 
 def measure_cell(clients: int, images: int, rounds: int) -> None:
-    """One cell of `bench_scale`, in a process of its own: prints seconds a round and peak memory in MB as JSON."""
+    """One cell of `bench_scale`, in its own process: prints seconds per round and peak memory in MB as JSON."""
     dataset = data.load("phantom")
     repeated = np.tile(np.arange(len(dataset.train_images)), images)
     dataset = replace(dataset, train_images=dataset.train_images[repeated], train_labels=dataset.train_labels[repeated])
@@ -206,17 +195,17 @@ def measure_cell(clients: int, images: int, rounds: int) -> None:
 
 
 def bench_jobs(turns: int) -> None:
-    """Several runs: as processes, against one after another on all cores and on one."""
-    dataset, cores = data.load("phantom"), os.cpu_count()
+    """Several runs as processes, beside one after another on all cores and on one core."""
+    dataset, cores = data.load("phantom"), os.cpu_count() or 1
     several = [Config(rounds=JOBS_ROUNDS, seed=seed) for seed in range(JOBS_RUNS)]
 
     def all_of(jobs: int, threads: int | None) -> float:
         with tempfile.TemporaryDirectory() as folder:
             runs = {Path(folder) / str(config.seed): replace(config, threads=threads) for config in several}
-            return timed(lambda: simulate_all(simulate, runs, dataset, jobs))
+            return timed(lambda: simulate_all(madsim.simulate, runs, dataset, jobs))
 
-    simulate(Config(rounds=2), dataset=dataset)  # warm up
-    heading(f"{JOBS_RUNS} runs of {JOBS_ROUNDS} rounds, start-up of the processes included")
+    madsim.simulate(Config(rounds=2), dataset=dataset)  # warm up
+    heading(f"{JOBS_RUNS} runs of {JOBS_ROUNDS} rounds, with the start-up of the processes")
     processes = all_of(cores, None)
     print(f"{cores} processes                    {processes:7.1f} s")
     for text, threads in (("all cores", cores), ("one core", 1)):
@@ -225,32 +214,24 @@ def bench_jobs(turns: int) -> None:
 
 
 def bench_profile(turns: int) -> None:
-    """The operations of one training step of the default round, each repeated by itself."""
+    """The operations of one training step of the default round."""
     C, B = 10, 20
     W, pick = model.initial_weights(0).repeat(C, 1), torch.arange(C * B).view(C, B)
     images, labels = torch.rand(C * B, 1, 28, 28), torch.zeros(C * B, dtype=torch.int64)
-    arguments = W, images, labels, pick, torch.full((C, B), 1 / B), torch.ones(C, B, sum(model.HIDDEN))
-    operations = make_fx(grad(model.batch_losses, has_aux=True))(*arguments)
-    seconds, counts = defaultdict(float), defaultdict(int)
-
-    class Clock(torch.fx.Interpreter):
-        def call_function(self, target, args, options):
-            name = str(target).removeprefix("aten.")
-            seconds[name] += statistics.median(timed(partial(target, *args, **options)) for _ in range(turns))
-            counts[name] += 1
-            return super().call_function(target, args, options)
-
-    with torch.no_grad():
-        Clock(operations).run(*arguments)
-    total = sum(seconds.values())
-    heading(f"median of {turns} repetitions of every operation of a step")
-    for name in sorted(seconds, key=seconds.get, reverse=True)[:12]:
-        print(f"{name:<28} {counts[name]:4d} x   {seconds[name] * 1e3:6.2f} ms   {seconds[name] / total:6.1%}")
-    print(f"{'all':<28} {sum(counts.values()):4d} x   {total * 1e3:6.2f} ms")
+    step = model.recorded_gradients(C, B, W.device, W.dtype)
+    with torch.no_grad(), profile() as operations:
+        for _ in range(turns):
+            step(W, images, labels, pick, torch.full((C, B), 1 / B), torch.ones(C, B, sum(model.HIDDEN)))
+    events = sorted(operations.key_averages(), key=lambda event: event.self_cpu_time_total, reverse=True)
+    total = sum(event.self_cpu_time_total for event in events)
+    heading(f"mean of {turns} steps, without the optimiser")
+    for event in events[:12]:
+        share = event.self_cpu_time_total / total
+        print(f"{event.key:<28} {event.count // turns:4d} x   {share * total / turns / 1e3:6.2f} ms   {share:6.1%}")
 
 
 def bench_flower(turns: int) -> None:
-    """The round's work on Flower's simulation engine, and madsim's round before and after it."""
+    """The work of a round on Flower's simulation engine, with madsim's round before and after it."""
     try:
         from flower_round import seconds_per_round
     except ImportError as error:
@@ -259,7 +240,7 @@ def bench_flower(turns: int) -> None:
 
     dataset = data.load("phantom")
     ours = [run(turns, dataset)["seconds_per_round"]]
-    flower = seconds_per_round(turns)[1:]  # in the first round Flower's processes start
+    flower = seconds_per_round(turns)[1:]  # the processes of Flower start in the first round
     ours.append(run(turns, dataset)["seconds_per_round"])
     heading(f"flwr {version('flwr')}, ray {version('ray')}; median (range) of {len(flower)} rounds")
     print(f"flower           {spread(flower, 1e3)} ms")
@@ -268,11 +249,13 @@ def bench_flower(turns: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=bench_round.__doc__.splitlines()[0])
+    measurements = (bench_run, bench_scale, bench_jobs, bench_profile, bench_flower)
+    about = {function: str(function.__doc__).splitlines()[0] for function in (bench_round, *measurements)}
+    parser = argparse.ArgumentParser(description=about[bench_round])
     several = parser.add_mutually_exclusive_group()
-    for function in (bench_run, bench_scale, bench_jobs, bench_profile, bench_flower):
-        name, about = function.__name__.removeprefix("bench_"), function.__doc__.splitlines()[0]
-        several.add_argument(f"--{name}", dest="what", action="store_const", const=function, help=about)
+    for function in measurements:
+        name = function.__name__.removeprefix("bench_")
+        several.add_argument(f"--{name}", dest="what", action="store_const", const=function, help=about[function])
     several.add_argument("--cell", type=int, nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("-n", type=int, default=15, help="turns, or repetitions (default: %(default)s)")
     args = parser.parse_args()

@@ -1,7 +1,7 @@
 """The work of the default round on Flower's simulation engine, for `bench.py --flower`.
 
-Ten clients train an epoch with the plain PyTorch loop (`method="loop"`, one client each) and evaluate the new global
-model on their own validation images; the server averages (FedAvg) and evaluates on the test set. MAD is left out.
+Ten clients train one epoch with the plain PyTorch loop (`method="loop"`, one client each) and evaluate the new global
+model on their own validation images. The server averages (FedAvg) and evaluates on the test set. There is no MAD.
 """
 
 import sys
@@ -17,7 +17,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # in Ray's processes too
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also in the processes of Ray
 
 import data
 from madsim import Config, gather
@@ -26,7 +26,7 @@ from model import Clients, evaluate, initial_weights, train_clients
 
 @cache
 def clients() -> Clients:
-    """The clients with their data, made once in every process that Flower starts."""
+    """The clients with their data, made once per process that Flower starts."""
     return gather(Config(), data.load("phantom"))
 
 
@@ -35,7 +35,7 @@ def weights_of(arrays: ArrayRecord) -> torch.Tensor:
 
 
 def seconds_per_round(rounds: int) -> list[float]:
-    """How long each of the rounds takes; what comes before the first is not counted."""
+    """The seconds of each round, without the start before the first."""
     client_app, server_app, marks = ClientApp(), ServerApp(), []
 
     @client_app.train()
@@ -63,7 +63,7 @@ def seconds_per_round(rounds: int) -> list[float]:
         dataset = data.load("phantom")
         images, labels = clients().tensors(dataset.test_images, dataset.test_labels)
 
-        def test(t: int, arrays: ArrayRecord) -> MetricRecord:  # after every round, and once before the first
+        def test(t: int, arrays: ArrayRecord) -> MetricRecord:  # after each round, and once before the first
             result = evaluate(weights_of(arrays), images, labels)
             marks.append(time.perf_counter())
             return MetricRecord(result)

@@ -1,10 +1,9 @@
-"""Runs' folders as read for figures and pages, from whatever their files hold, and how the runs are called."""
+"""Run folders as read for figures and pages, and the labels of the runs. Missing or damaged files are tolerated."""
 
 from __future__ import annotations
 
 import csv
 import io
-import json
 import reprlib
 import sys
 import textwrap
@@ -13,7 +12,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from harness.folder import read_json
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -21,20 +22,20 @@ if TYPE_CHECKING:
 
 CURVES = ("loss", "accuracy", "honest_accuracy")
 SCORES = ("reputation", "trust")
-JUMP_PARTS = {"composition": "who is averaged", "model": "the model itself"}  # and how the figure calls them
-OTHERS = {"test": "test images", "validation": "validation images of the same clients"}  # than training images
-METRICS = {  # of an experiment, and how its heat maps call them
+JUMP_PARTS = {"composition": "fewer clients averaged", "model": "the model itself"}  # with their names in the figure
+OTHERS = {"test": "test images", "validation": "validation images of the same clients"}  # not training images
+METRICS = {  # of an experiment, with the titles of their heat maps
     "honest_accuracy": "Accuracy of the honest clients", "test_accuracy": "Accuracy on the test set",
     "test_sensitivity": "Sensitivity (share of pneumonia found) on the test set",
 }  # fmt: skip
-LABELS = ("normal", "pneumonia")  # the data set's labels 0 and 1
+LABELS = ("normal", "pneumonia")  # labels 0 and 1 of the data set
 OF_ATTACKS = ("attack", "malicious", "flip", "attack_start", "attack_period")
-# By what runs are told apart, where they differ in it: of their data, of config.json, and of MAD's settings.
-TELLING = ("data", *OF_ATTACKS, "clients", "partition", "concentration", "rounds", "epochs", "batch_size", "lr")
-TELLING += ("clusters", "scale_floor", "threshold", "excluded")
-TITLE_WIDTH = 110  # characters in a line below a title
-SAMPLE_BYTES = 100_000  # of a run's samples.npz, unpacked, at most; madsim's have 3678
-# What config.json may hold under the names that are read here.
+# Labels of runs name these if they differ: the data, fields of config.json, and MAD's settings.
+TELLING = ["data", *OF_ATTACKS, "clients", "partition", "concentration", "rounds", "epochs", "batch_size", "lr"]
+TELLING += ["clusters", "scale_floor", "threshold", "excluded"]
+TITLE_WIDTH = 110  # characters per line below a title
+SAMPLE_BYTES = 100_000  # the largest accepted samples.npz, unpacked; madsim writes 3678 bytes
+# The types of the fields of config.json that are read here.
 KINDS = {
     "rounds": int, "mad_start": (int, type(None)), "seed": int, "clients": int, "malicious": (int, float),
     "flip": (int, float), "attack": str, "rule": str, "dataset": str, "data": dict, "settings": dict,
@@ -46,15 +47,15 @@ KINDS = {
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A run's folder as read. What its files lack is missing: a key of `config`, rows, or NaN in a column."""
+    """A run's folder as read. What is missing in its files is missing here: a key, rows, or a value (NaN)."""
 
     folder: Path
     config: dict
-    rounds: DataFrame  # "round" and CURVES; one row a round
-    clients: DataFrame  # "round", "client", "malicious", "active" and SCORES; one row a round and client
+    rounds: DataFrame  # "round" and CURVES; one row per round
+    clients: DataFrame  # "round", "client", "malicious", "active" and SCORES; one row per round and client
     samples: tuple[NDArray, NDArray] | None  # images uint8 [4, 28, 28] and their labels [4]
-    jump: dict | None  # of the first exclusion: its round, and loss and accuracy, each with its JUMP_PARTS
-    membership: DataFrame  # "round" and, for each of OTHERS, its advantage, error and chance; empty if not measured
+    jump: dict | None  # at the first exclusion: its round, and loss and accuracy, each with its JUMP_PARTS
+    membership: DataFrame  # "round", and advantage, error and chance for each of OTHERS; empty if not measured
 
     @property
     def name(self) -> str:
@@ -62,17 +63,17 @@ class Run:
 
     @property
     def attacked(self) -> bool:
-        """Whether any client is malicious, which is taken for granted where the configuration does not say."""
+        """Whether any client is malicious. True if the configuration does not say."""
         return self.config.get("malicious") != 0
 
     @property
     def recorded(self) -> int:
-        """The last round that was written; 0 before the first."""
+        """The last round in the files; 0 before the first."""
         return int(max((table["round"].max() for table in (self.rounds, self.clients) if len(table)), default=0))
 
     @property
     def unfinished(self) -> bool:
-        """Still going, or stopped early."""
+        """Whether the run still goes on or was stopped early."""
         return self.recorded < self.config.get("rounds", 0)
 
     @property
@@ -82,7 +83,7 @@ class Run:
 
     @property
     def data(self) -> str:
-        """The data set used, and whether the phantom had to stand in for the real one."""
+        """The name of the data set. It says if the phantom replaced the real one."""
         data = self.config.get("data") or {}
         name = data.get("name") or self.config.get("dataset") or "unknown data set"
         if name != "phantom":
@@ -91,22 +92,22 @@ class Run:
 
 
 def find_runs(folder: str | Path) -> list[Path]:
-    """Every folder at or below `folder` with a config.json and a rounds.csv, sorted.
+    """All folders at or below `folder` with a config.json and a rounds.csv, sorted.
 
-    Raises FileNotFoundError if `folder` is not there or holds no run.
+    Raises FileNotFoundError if `folder` does not exist or holds no run.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder; give one that madsim.py has written results to")
+        raise FileNotFoundError(f"{folder} is not a folder; give a folder with results of madsim.py")
     configs = [path for path in folder.rglob("config.json") if path.is_file()]
     runs = sorted(path.parent for path in configs if (path.parent / "rounds.csv").is_file())
     if not runs:
-        raise FileNotFoundError(f"{folder} holds no run, that is no folder with config.json and rounds.csv")
+        raise FileNotFoundError(f"{folder} holds no run: no folder in it has a config.json and a rounds.csv")
     return runs
 
 
 def load_runs(folder: Path) -> list[Run]:
-    """The runs at or below `folder`, with a line on standard error for what can't be drawn of each."""
+    """The runs at or below `folder`. One line per run on standard error names what can't be drawn."""
     runs, found = [], find_runs(folder)
     for path in sorted({path.parent for path in folder.rglob("config.json")} - set(found)):
         print(f"{path}: not drawn, it holds no rounds.csv", file=sys.stderr)
@@ -137,44 +138,48 @@ def load_run(folder: str | Path) -> Run:
 
 
 def read_config(path: Path) -> dict:
-    """What config.json holds; ValueError if it is no JSON object, or one of the `KINDS` is of another type."""
+    """The content of config.json. Raises ValueError if it is damaged or a field has another type than in KINDS."""
 
     def check(holder: dict, kinds: dict) -> None:
         for name in holder.keys() & kinds:
             value = holder[name]
             if not isinstance(value, kinds[name]) or (isinstance(value, (int, float)) and not abs(value) < 2**63):
-                raise ValueError(f"{name} is {reprlib.repr(value)}")
+                raise ValueError(f"{path} is damaged: {name} is {reprlib.repr(value)}")
 
-    try:
-        config = json.loads(path.read_bytes())
-        check({"it": config}, {"it": dict})
-        check(config, KINDS)
-        check(config.get("data", {}), {"name": str, "note": str})
-        check(config.get("settings", {}), {"threshold": (int, float)})
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"its config.json is damaged ({error})") from None
+    config = read_json(path)
+    check(config, KINDS)
+    check(config.get("data", {}), {"name": str, "note": str})
+    check(config.get("settings", {}), {"threshold": (int, float)})
     return config
 
 
 def read_table(path: Path, keys: Sequence[str], values: Sequence[str]) -> DataFrame:
-    """These columns of a CSV file, as numbers. A row without all its `keys` is left out, an absent value is NaN."""
+    """These columns of a CSV file as numbers. Rows without all `keys` are left out. A missing value is NaN."""
     import pandas as pd
 
     columns = [*keys, *values]
     text = path.read_text(errors="replace") if path.is_file() else ""
     complete = text[: text.rfind("\n") + 1].strip()  # a run killed while writing leaves a torn last line
-    options = {"index_col": False, "on_bad_lines": "skip", "quoting": csv.QUOTE_NONE, "low_memory": False}
-    with warnings.catch_warnings(action="ignore"):  # that longer rows lose what is beyond the last column
+    options: dict[str, Any] = {
+        "index_col": False,
+        "on_bad_lines": "skip",
+        "quoting": csv.QUOTE_NONE,
+        "low_memory": False,
+    }
+    with warnings.catch_warnings(action="ignore"):  # pandas warns of rows that are longer than the heading
         table = pd.read_csv(io.StringIO(complete or ",".join(columns)), **options)
     table = table.reindex(columns=columns).apply(pd.to_numeric, errors="coerce")
-    numbers = table[list(keys)]  # rounds and clients are numbered; what no number can be is left out
+    numbers = table[list(keys)]  # rounds and clients have whole numbers
     table = table[((numbers >= 0) & (numbers < 2**31) & (numbers % 1 == 0)).all(axis=1)]
     return table.astype(dict.fromkeys(keys, int))
 
 
 def read_grid(path: Path) -> DataFrame:
-    """An experiment's table.csv, one row a run, those left out that did not come to their end, with `right`: the share
-    of its clients that are attackers and excluded, or honest and not. ValueError if it lacks something."""
+    """The complete runs of an experiment's table.csv, one row per run. Raises ValueError if a column is missing.
+
+    The added column `right` is the share of clients that were judged rightly: excluded attackers and honest clients
+    that were not excluded.
+    """
     import pandas as pd
 
     table = pd.read_csv(path, dtype={"row": str, "column": str}).fillna({"row": "", "column": ""})
@@ -189,7 +194,7 @@ def read_grid(path: Path) -> DataFrame:
 
 
 def read_samples(path: Path) -> tuple[NDArray, NDArray] | None:
-    """Four images uint8 [4, 28, 28] and their labels [4] from an npz file; None if it is absent or damaged."""
+    """Four images uint8 [4, 28, 28] and their labels [4] from an npz file. None if it is missing or damaged."""
     import numpy as np
 
     try:
@@ -197,35 +202,35 @@ def read_samples(path: Path) -> tuple[NDArray, NDArray] | None:
             if sum(member.file_size for member in arrays.zip.infolist()) > SAMPLE_BYTES:
                 return None
             images, labels = arrays["images"], arrays["labels"]
-    except Exception:  # of a dozen kinds: zipfile's, zlib's, numpy's
+    except Exception:  # zipfile, zlib and numpy raise a dozen types
         return None
     whole = images.shape == (4, 28, 28) and labels.shape == (4,) and np.isin(labels, range(len(LABELS))).all()
     return (images, labels.astype(int)) if whole and images.dtype == np.uint8 else None
 
 
 def read_jump(path: Path) -> dict | None:
-    """The first exclusion's jump from a summary.json; None where there is none, or no such file, or it is damaged."""
+    """The jump at the first exclusion, from a summary.json. None if there is none or the file is missing or damaged."""
     try:
-        jump = json.loads(path.read_bytes())["jumps"][0]
+        jump = read_json(path)["jumps"][0]
         parts = {name: {part: float(jump[name][part]) for part in JUMP_PARTS} for name in ("loss", "accuracy")}
         return {"round": int(jump["round"])} | parts
-    except (OSError, ValueError, TypeError, LookupError, OverflowError, RecursionError):
+    except (OSError, ValueError, TypeError, LookupError, OverflowError):
         return None
 
 
 def shortcomings(run: Run) -> str:
-    """In words, what of a run can't be drawn; empty if all of it can."""
+    """A text that says what of a run can't be drawn. Empty if everything can."""
     columns = {name: run.rounds[name] for name in CURVES} | {name: run.clients[name] for name in ("active", *SCORES)}
     absent = [name for name, values in columns.items() if values.isna().all()]
     parts = [f"has {run.length}"] * run.unfinished + [f"nothing to draw of {', '.join(absent)}"] * bool(absent)
     return "; ".join(parts)
 
 
-# ---------------------------------------------------------------- naming runs
+# ---------------------------------------------------------------- labels of runs
 
 
 def strategy(run: Run) -> str:
-    """'MAD from round 5', 'never (FedAvg)' or 'no attack', and the aggregation rule if it is not FedAvg."""
+    """'MAD from round 5', 'never (FedAvg)' or 'no attack', with the aggregation rule if it is not FedAvg."""
     start, rule = run.config.get("mad_start"), run.config.get("rule", "mean")
     words = ["no attack"] * (not run.attacked) + [f"MAD from round {start}"] * (start is not None)
     if not words:
@@ -234,7 +239,7 @@ def strategy(run: Run) -> str:
 
 
 def variants(runs: Sequence[Run]) -> list[str]:
-    """What tells each run from the others, its seed aside: its strategy, and what else differs of TELLING."""
+    """A text for each run that tells it from the others, except by its seed: its strategy, and the TELLING values."""
 
     def settings(run: Run) -> dict:
         every = run.config | (run.config.get("settings") or {}) | {"data": run.data}
@@ -246,7 +251,7 @@ def variants(runs: Sequence[Run]) -> list[str]:
     for run, found in zip(runs, each):
         details = [f"{name} {value}" for name, value in found.items() if len(values[name]) > 1]
         texts.append(", ".join([strategy(run), *details]))
-    # What still looks alike, say two presets of MAD, is told apart by the folder's name.
+    # Runs that still have the same text, say with two presets of MAD, get the names of their folders.
     keys = [(text, run.config.get("seed")) for text, run in zip(texts, runs)]
     count = Counter(keys)
     return [f"{key[0]} ({run.name})" if count[key] > 1 else key[0] for key, run in zip(keys, runs)]
@@ -263,6 +268,6 @@ def title(subject: str, runs: Sequence[Run]) -> str:
 
 
 def by_start(run: Run) -> tuple:
-    """Sorting key, the paper's order: from the earliest MAD start to never, then without attack."""
+    """The sorting key for the paper's order: from the earliest MAD start to never, then without attack."""
     start = run.config.get("mad_start")
     return run.config.get("malicious") == 0, start is None, start or 0, run.config.get("seed") or 0, run.name

@@ -1,31 +1,35 @@
-"""Pages of HTML, each whole in itself: one that plays a run, one that reports all runs of a folder."""
+"""HTML pages that need no other file: one plays a run, the other reports all runs of a folder.
+
+Their templates lie in pages/.
+"""
 
 from __future__ import annotations
 
 import base64
 import html
 import json
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from string import Template
+from typing import TYPE_CHECKING, Any
 
-from bench.results import CURVES, Run, by_start, read_table, strategy, title
+from harness.folder import plain
+from harness.runs import CURVES, Run, by_start, read_table, strategy, title
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
     from pandas import Series
 
+TEMPLATES = Path(__file__).parent / "pages"
 PAGE_BYTES = 2_500_000  # of the numbers in a page that plays a run
-STEPS = (1, 1.5, 2, 3, 4, 6, 8, 10)  # how far a drawing may reach: round, and at most half as far again as it must
+STEPS = (1, 1.5, 2, 3, 4, 6, 8, 10)  # the extents of a drawing: round, and at most half as large again as needed
 
 
 # ---------------------------------------------------------------- a page that plays a run
 
 
 def write_players(runs: list[Run], folder: Path, out: Path) -> int:
-    """A page for each run at or below `folder` that can be played, below `out`; the exit status."""
+    """Write a page below `out` for each run at or below `folder` that can be played. Returns the exit status."""
     count = 0
     for run in runs:
         try:
@@ -42,9 +46,9 @@ def write_players(runs: list[Run], folder: Path, out: Path) -> int:
 
 
 def play(run: Run) -> str:
-    """An HTML page that plays the run, whole in itself: player.html with the run's numbers put in.
+    """The HTML page that plays the run: player.html with the numbers of the run.
 
-    Of long runs with many clients a thinned set of rounds, see `frames`. Raises ValueError if the run has recorded
+    A long run with many clients is shown in selected rounds, see `frames`. Raises ValueError if the run has recorded
     nothing to play.
     """
     import numpy as np
@@ -54,15 +58,16 @@ def play(run: Run) -> str:
     curves = run.rounds.drop_duplicates("round").set_index("round")
     clients = clients[clients["round"].isin(curves.index)]
     if clients.empty:
-        raise ValueError("there is nothing to play: no plane.csv with where the models lie (of 50 clients at most)")
+        raise ValueError("there is nothing to play: no plane.csv with the places of the models (at most 50 clients)")
     members = sorted(clients["client"].unique())
     malicious = clients.groupby("client")["malicious"].max().reindex(members)
     excluded = clients[clients["active"] == 0].groupby("client")["round"].min().reindex(members)
     shown = frames(sorted(clients["round"].unique()), len(members), excluded.dropna())
 
-    def table(column: str, scale: float | NDArray) -> NDArray:  # [rounds, clients]
+    def table(column: str, scale: Any) -> list[list[int | None]]:  # [rounds, clients], whole numbers
         wide = clients.pivot(index="round", columns="client", values=column).reindex(index=shown, columns=members)
-        return np.round(wide.to_numpy(float) * scale)
+        numbers = np.round(wide.to_numpy(float) * scale)
+        return [[int(value) if np.isfinite(value) else None for value in row] for row in numbers]
 
     reach = reaches(np.hypot(clients["x"], clients["y"]).groupby(clients["round"]).max()).reindex(shown)
     thousandths = 1000 / reach.to_numpy()[:, None]
@@ -71,19 +76,20 @@ def play(run: Run) -> str:
         "rounds": shown, "malicious": malicious, "excluded": excluded, "start": run.config.get("mad_start"),
         "threshold": (run.config.get("settings") or {}).get("threshold"),
         "reach": [float(f"{value:g}") for value in reach],
-        "points": np.stack([table("x", thousandths), table("y", thousandths)], axis=2),
+        "points": [[*map(list, zip(*xy))] for xy in zip(table("x", thousandths), table("y", thousandths))],
         "trust": table("trust", 100), "reputation": table("reputation", 100),
     }  # fmt: skip
     content |= {name: curves[name].reindex(shown).round(4) for name in CURVES}
-    content = {name: plain(value) for name, value in content.items()}
-    page = (Path(__file__).parent / "player.html").read_text(encoding="utf-8")
-    run_json = json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
+    run_json = json.dumps(plain(content), separators=(",", ":")).replace("<", "\\u003c")
+    page = (TEMPLATES / "player.html").read_text(encoding="utf-8")
     return page.replace(">{}</script>", f">{run_json}</script>", 1)
 
 
 def reaches(far: Series) -> Series:
-    """How far the drawing of each round reaches, one of the STEPS times a power of ten: to the `far`thest model of the
-    five rounds before and after, so that it seldom changes."""
+    """The extent of the drawing in each round: one of the STEPS times a power of ten.
+
+    It holds the farthest models (`far`, by round) of the five rounds before and after, so that it changes seldom.
+    """
     import numpy as np
 
     far = far.replace(0, np.nan).rolling(11, center=True, min_periods=1).max().fillna(1)
@@ -92,52 +98,22 @@ def reaches(far: Series) -> Series:
 
 
 def frames(rounds: list[int], clients: int, excluded: Series) -> list[int]:
-    """The rounds that a page shows: all of them or, where they would take more than PAGE_BYTES, an even selection with
-    the first, the last, and those in which clients were `excluded`."""
+    """The rounds that a page shows: all, or an even selection if all would take more than PAGE_BYTES.
+
+    A selection holds the first round, the last round, and all rounds in which clients were `excluded`.
+    """
     import numpy as np
 
-    room = max(2, PAGE_BYTES // (22 * clients + 40) - len(excluded))  # so many bytes take a client and a round
+    room = max(2, PAGE_BYTES // (22 * clients + 40) - len(excluded))  # bytes per client and per round
     even = {rounds[i] for i in np.linspace(0, len(rounds) - 1, min(room, len(rounds))).round().astype(int)}
     return sorted(map(int, even | set(excluded)))
-
-
-def plain(value):
-    """Numbers as JSON knows them: whole ones as integers, None for NaN and infinity."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, list):
-        return [plain(item) for item in value]
-    if isinstance(value, float):
-        return None if not math.isfinite(value) else int(value) if value.is_integer() else value
-    return value
 
 
 # ---------------------------------------------------------------- a page that reports runs
 
 
-REPORT = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>madsim: {name}</title>
-<style>
-  body {{ margin: 0 auto; padding: 1rem; max-width: 70rem; font: 1rem/1.4 system-ui, sans-serif; color: #111; }}
-  table {{ border-collapse: collapse; display: block; overflow-x: auto; }}
-  th, td {{ border-bottom: 1px solid #ccc; padding: 0.2rem 0.7rem; text-align: left; vertical-align: top; }}
-  img {{ max-width: 100%; }} pre {{ overflow-x: auto; }} h2 {{ margin: 1.5rem 0 0.3rem; }}
-</style></head><body>
-<h1>madsim: {name}</h1>
-<h2>Runs</h2>
-{table}
-<h2>Figures</h2>
-{figures}
-<h2>Settings</h2>
-{settings}
-</body></html>
-"""
-
-
 def report(runs: Sequence[Run], pictures: Sequence[Path], folder: Path) -> str:
-    """One HTML page, whole in itself, of the runs at or below `folder`: their table, the pictures (PNG files), and all
-    settings."""
+    """The HTML page that reports the runs at or below `folder`: their table, the pictures (PNG files), all settings."""
 
     def image(path: Path) -> str:
         content = base64.b64encode(path.read_bytes()).decode()
@@ -147,7 +123,7 @@ def report(runs: Sequence[Run], pictures: Sequence[Path], folder: Path) -> str:
         name, every = str(run.folder.relative_to(folder)), json.dumps(run.config, indent=2)
         return f"<details><summary>{html.escape(name)}</summary><pre>{html.escape(every)}</pre></details>"
 
-    return REPORT.format(
+    return Template((TEMPLATES / "report.html").read_text(encoding="utf-8")).substitute(
         name=html.escape(folder.resolve().name),
         table=runs_table(runs, folder),
         figures="\n".join(map(image, pictures)),
@@ -156,7 +132,7 @@ def report(runs: Sequence[Run], pictures: Sequence[Path], folder: Path) -> str:
 
 
 def runs_table(runs: Sequence[Run], folder: Path) -> str:
-    """The runs as an HTML table: what was done, who was excluded when, and what came of it in the last ten rounds."""
+    """The runs as an HTML table: strategy, attack, exclusions, and the means of the last ten rounds."""
     import pandas as pd
 
     rows = []

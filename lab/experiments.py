@@ -1,17 +1,19 @@
-"""Experiments: grids of runs, and the tables of what came of them.
+"""Experiments: grids of runs, and their tables. To add one, add an entry to `EXPERIMENTS`.
 
-A cell of a grid is a set of options as on the command line; what a run came to is read from its folder.
+A cell of a grid is a set of options as on the command line. Its results are read from the folders of its runs.
 """
 
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
-from bench.folder import identity, read_json, replace_file, rounded
-from bench.shell import script
-from trust import RULES
+from harness.console import script
+from harness.folder import identity, read_json, replace_file, rounded
+from lab.attacks import ATTACKS
+from lab.rules import RULES
 
-LAST = 10  # ours: the rounds at a run's end that its table means
+LAST = 10  # ours: the last rounds of a run over which its table takes means
 DETECTION = ("true_exclusions", "false_exclusions", "precision", "recall", "rounds_to_detection")
 TABLED = {  # columns of an experiment's Markdown table: heading and decimals
     "true_exclusions": ("attackers out", 1), "false_exclusions": ("honest out", 1),
@@ -28,7 +30,7 @@ TABLED = {  # columns of an experiment's Markdown table: heading and decimals
 
 @dataclass(frozen=True)
 class Experiment:
-    """A grid of runs: every row with every column, each a name and the options that make it, as on the command line."""
+    """A grid of runs: each row with each column. Both are names with their options, as on the command line."""
 
     about: str
     rounds: int
@@ -36,13 +38,13 @@ class Experiment:
     columns: dict[str, dict]
 
     def sets(self) -> set[str]:
-        """The options that it sets itself."""
+        """The names of the options that the experiment sets."""
         return {name for part in (*self.rows.values(), *self.columns.values()) for name in part}
 
     def cells(self, given: dict) -> dict[tuple[str, str], dict]:
-        """The options of each cell, by its row's and column's names: those `given` and its own.
+        """The options of each cell by its row and column: the `given` options and its own.
 
-        Other rounds than the experiment's scale what it lets start in a round or last for some.
+        If `given` has another number of rounds, the cell's own start rounds and periods are scaled to it.
         """
         rounds = given.get("rounds", self.rounds)
         found = {}
@@ -58,20 +60,18 @@ class Experiment:
 
 
 def mad_from(*starts: int | None) -> dict[str, dict]:
-    """Rows or columns of an experiment by the round in which MAD starts (None: never)."""
+    """Rows or columns that differ in the round in which MAD starts (None: never)."""
     return {f"MAD from {start}" if start else "never": {"mad_start": start} for start in starts}
 
 
 def dropped_or_observed(name: str, options: dict) -> dict[str, dict]:
-    """Two rows for one reading: the excluded are dropped, or still clustered and scored."""
+    """Two rows for one reading: excluded clients are dropped, or they are still clustered and scored."""
     return {name: options, f"{name}, observed": options | {"excluded": "observed"}}
 
 
 FLIP = {"attack": "label_flip", "flip": 1.0, "malicious": 0.2}
 HONEST = {"no attack": FLIP | {"malicious": 0.0}}
-ATTACKED = {"label_flip": FLIP} | {
-    name: FLIP | {"attack": name} for name in ("one_way_flip", "scaled", "sign_flip", "noise", "alie", "ipm", "hug")
-}
+ATTACKED = {name: FLIP | {"attack": name} for name in ATTACKS if name != "nan"}  # NaN is excluded without any defence
 MIN_MAX = {"scale_floor": 0.0}
 ALWAYS_GROUPED = {"clusters": 2, "silhouette": -1.0, "outlying": 0.0}  # the smaller cluster is always outlying
 PARTS = {"dirichlet": (10.0, 1.0, 0.5), "quantity": (1.0, 0.5)}
@@ -84,7 +84,7 @@ EXPERIMENTS = {
     ),
     "fig3c": Experiment("Fig. 3(c): MAD from early and late in a long run", 1000, mad_from(10, 500), {"": {}}),
     "readings": Experiment(
-        "readings of what the paper leaves open",
+        "readings of the points that the paper leaves open",
         60,
         {
             **dropped_or_observed("min-max, K = 1", MIN_MAX | {"clusters": 1}),
@@ -102,7 +102,7 @@ EXPERIMENTS = {
         },
     ),
     "attacks": Experiment(
-        "what every attack does, without MAD and with it",
+        "every attack, without MAD and with it",
         60,
         HONEST
         | ATTACKED
@@ -124,7 +124,7 @@ EXPERIMENTS = {
         HONEST | ATTACKED,
     ),
     "noniid": Experiment(
-        "clients that differ in size and labels",
+        "non-IID clients, which differ in size and labels",
         60,
         {"iid": {"partition": "iid"}}
         | {
@@ -139,7 +139,7 @@ EXPERIMENTS = {
         },
     ),
     "membership": Experiment(
-        "what each client's last model tells of who was trained on",
+        "what the attackers' last model reveals of training images",
         600,
         mad_from(10, 500, None),
         {"": {"membership": 10}},
@@ -148,29 +148,32 @@ EXPERIMENTS = {
 PAPER = ("fig3a", "fig3c")  # --experiment paper
 
 
-# ---------------------------------------------------------------- their tables
+# ---------------------------------------------------------------- tables
 
 
-def tidy(cells: list[tuple[Path, str, str]]):
-    """A pandas frame of finished runs, given as folders with the row and column they belong to: one row a run, with its
-    settings and what came of it. Of the metrics, means over the last LAST rounds, and the `fluctuation`: the
-    standard deviation of the honest clients' accuracy's change from round to round over them. Of the first exclusion,
-    the `jump` of participants' loss and accuracy, and what of it is the `model`'s."""
+def tidy(cells: list[tuple[Path, str, str]]) -> Any:
+    """A pandas frame with one row per run: its row and column, its settings, and its results.
+
+    `cells` are the folders of the runs, each with the row and the column that it belongs to. Metrics are means over the
+    last `LAST` rounds. `fluctuation` is the standard deviation, over these rounds, of the change of the honest clients'
+    accuracy per round. `jump_*` is the change of the participants' loss and accuracy at the first exclusion, and
+    `jump_*_model` the model's part of it.
+    """
     from pandas import DataFrame
 
     rows = []
     for folder, row, column in cells:
-        if not (folder / "summary.json").is_file():  # it failed in its first round
+        if not (folder / "summary.json").is_file():  # the run failed in its first round
             continue
         try:
-            rows.append({"row": row, "column": column} | came_of(folder))
+            rows.append({"row": row, "column": column} | results_of(folder))
         except (LookupError, TypeError, AttributeError) as error:
-            raise ValueError(f"{folder}: its files are not as a run leaves them ({error!r})") from None
+            raise ValueError(f"{folder}: its files are not those of a run ({error!r})") from None
     return DataFrame(rows)
 
 
-def came_of(folder: Path) -> dict:
-    """A row of `tidy`, of the run in a folder."""
+def results_of(folder: Path) -> dict[str, Any]:
+    """The settings and results of the run in a folder; see `tidy`."""
     from pandas import DataFrame, read_csv
 
     about, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
@@ -182,16 +185,16 @@ def came_of(folder: Path) -> dict:
     for change, name in product(summary["jumps"][:1], ("loss", "accuracy")):
         found |= {f"jump_{name}": change[name]["total"], f"jump_{name}_model": change[name]["model"]}
     for name, value in DataFrame(filter(None, (summary["membership"] or {}).values())).mean().items():
-        found[f"held_{name}"] = rounded(value)  # by the attackers, in the mean
+        found[f"held_{name}"] = rounded(value)  # mean over the attackers
     found |= {"last": len(rounds), "data": about["data"]["name"]}
-    code = [part["git"] for part in (about, *about.get("resumed", []))]  # another commit may have gone on with it
+    code = [part["git"] for part in (about, *about.get("resumed", []))]  # another commit may have continued the run
     found["commit"] = ", ".join(dict.fromkeys(str(part["commit"]) for part in code))
     found["dirty"] = any(part["dirty"] for part in code)
     return found
 
 
-def over_seeds(table):
-    """What the runs of each cell of a `tidy` frame came to, in words: mean and sample standard deviation over seeds."""
+def over_seeds(table: Any) -> Any:
+    """The results of each cell of a `tidy` frame as texts: mean and sample standard deviation over the seeds."""
     shown = {name: about for name, about in TABLED.items() if name in table}
     table = table.astype(dict.fromkeys(shown, float))
     groups = table[table.complete].groupby(["row", "column"], sort=False)
@@ -201,21 +204,23 @@ def over_seeds(table):
     return texts
 
 
-def in_words(values, decimals: int) -> str:
-    """Mean and sample standard deviation of a pandas column: '0.96 ± 0.01', or '20.0 (of 1)' where the others are NaN,
-    or nothing."""
+def in_words(values: Any, decimals: int) -> str:
+    """Mean and sample standard deviation of a pandas column, as in '0.96 ± 0.01'.
+
+    '20.0 (of 1)' means that only one run has a value. The text is empty if none has.
+    """
     known = values.dropna()
     deviation = f" ± {known.std():.{decimals}f}" if len(known) > 1 else ""
     of = f" (of {len(known)})" if len(known) < len(values) else ""
     return f"{known.mean():.{decimals}f}{deviation}{of}" if len(known) else ""
 
 
-def span(table) -> int:
-    """Of how many last rounds a `tidy` frame has the means."""
+def span(table: Any) -> int:
+    """The number of last rounds over which a `tidy` frame has means."""
     return min(LAST, int(table["last"].max()))
 
 
-def markdown(texts, heading: str) -> str:
+def markdown(texts: Any, heading: str) -> str:
     """A frame of texts as a Markdown table under a heading."""
     table = texts.reset_index().replace({"column": {"": None}}).dropna(axis=1, how="all")
     lines = [list(table.columns), ["---"] * table.shape[1], *table.astype(str).values.tolist()]
@@ -223,9 +228,9 @@ def markdown(texts, heading: str) -> str:
 
 
 def tabulate(folder: Path, cells: list[tuple[Path, str, str]], command: str) -> None:
-    """Write an experiment's table.csv, a row a run, and table.md, a row a cell, and say the essence of it.
+    """Write table.csv (one row per run) and table.md (one row per cell) of an experiment, and print a short table.
 
-    `folder` bears the experiment's name, `cells` are as in `tidy`, `command` is what was asked for.
+    The name of `folder` is that of the experiment. `cells` are as in `tidy`. `command` is the command line.
     """
     table = tidy(cells)
     if table.empty:
@@ -239,8 +244,8 @@ def tabulate(folder: Path, cells: list[tuple[Path, str, str]], command: str) -> 
     print(f"Figures      python {script('plot.py')} {folder}")
 
 
-def heading(name: str, table, command: str) -> str:
-    """What stands above an experiment's Markdown table: what it is, and which code made it from which data."""
+def heading(name: str, table: Any, command: str) -> str:
+    """The heading of an experiment's Markdown table: its name, its command, its data, and the commits of the code."""
     commits = ", ".join(sorted({commit for commits in table.commit for commit in commits.split(", ")}))
     dirty = " (with changes)" if table.dirty.any() else ""
     short = table[~table.complete]
@@ -250,13 +255,13 @@ def heading(name: str, table, command: str) -> str:
     return (
         f"# {name}: {EXPERIMENTS[name].about}\n\n"
         f"`{command}`; {', '.join(table.data.unique())}; {table.rounds.max()} rounds; seeds {seeds}; "
-        f"commit {commits}{dirty}. Mean ± sample standard deviation over the seeds (of those runs that have the value, "
-        f"where that is said); of losses and accuracies, of their means over the last {span(table)} rounds."
+        f'commit {commits}{dirty}. Mean ± sample standard deviation over the seeds. "(of N)" means over the N runs '
+        f"that have this value. Losses and accuracies are means over the last {span(table)} rounds."
         f"{scaled(name, table)}{ended}"
     )
 
 
-def scaled(name: str, table) -> str:
-    """A sentence on an experiment's names where they speak of other rounds than were run."""
+def scaled(name: str, table: Any) -> str:
+    """A sentence for an experiment that ran another number of rounds than its names say; else empty."""
     own, rounds = EXPERIMENTS[name].rounds, int(table.rounds.max())
-    return f" Rounds in the names are those of {own}, scaled to {rounds}." * (own != rounds)
+    return f" The names give rounds out of {own}; they were scaled to {rounds}." * (own != rounds)

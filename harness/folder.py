@@ -1,60 +1,61 @@
-"""A run's folder: what lies there is written so that nothing is lost, and read so that nothing gets in.
+"""A run's folder: files that survive a kill and are checked when they are read.
 
-Files are replaced whole, a run that is going locks its folder, and a checkpoint is checked before it is believed.
-Errors are ValueError for what is damaged or is not what was asked for, OSError for what can't be read or written.
+Files are replaced as a whole, a run locks its folder while it goes on, and a checkpoint is checked before it is used.
+The functions raise ValueError for damaged files and for other files than the expected ones, and OSError for files that
+can't be read or written.
 """
 
 import json
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 CHECKPOINT = "checkpoint.npz"
-DIGITS = 6  # significant digits of every number written: more than float32 holds after an average
+DIGITS = 6  # significant digits of all written numbers: more than an average of float32 numbers holds
 
 # ---------------------------------------------------------------- what a folder holds
 
 
 def hollow(folder: Path) -> bool:
-    """Whether a run was killed as its folder was made, before anything was recorded: the checkpoint comes last."""
+    """Whether a run was killed while its folder was created, before its first checkpoint."""
     made = {"config.json", "samples.npz", "rounds.csv", "clients.csv", "membership.csv", "plane.csv"}
     made |= {f"{name}.part" for name in (*made, CHECKPOINT)}
     return folder.is_dir() and {path.name for path in folder.iterdir()} <= made
 
 
 def complete(folder: Path) -> bool:
-    """Whether the run of a folder has come to its end."""
+    """Whether the run of a folder is complete."""
     with suppress(OSError, ValueError):
         return read_json(folder / "summary.json").get("complete") is True
     return False
 
 
 def unfinished(folders: Iterable[Path]) -> list[Path]:
-    """Those of the folders that hold a run which was cut short and can be resumed."""
+    """The folders with an interrupted run that can be resumed."""
     return [folder for folder in folders if (folder / CHECKPOINT).is_file() and not complete(folder)]
 
 
 def data_md5(folder: Path) -> str | None:
-    """The MD5 of the data that a run was begun with."""
+    """The MD5 of the data set of a run."""
     about = read_json(folder / "config.json").get("data")
     return about.get("md5") if isinstance(about, dict) else None
 
 
 def seeds_in(folder: Path) -> list[int]:
-    """The seeds of the runs that lie in a folder, by their names."""
-    names = [re.search(r"-s(\d+)$", path.name) for path in folder.iterdir()]
-    return [int(found[1]) for found in names if found]
+    """The seeds of the runs in a folder, from the names of their folders."""
+    return [int(found[1]) for path in folder.iterdir() if (found := re.search(r"-s(\d+)$", path.name))]
 
 
 def refuse_folder(folder: Path, replaceable: bool) -> None:
-    """ValueError if a folder that exists may not be replaced, is no run's, or is being written."""
+    """Raise ValueError if an existing folder may not be replaced, is not a run's folder, or is being written."""
     if not replaceable:
-        way_out = "; --resume goes on with it" if unfinished([folder]) else ""
+        way_out = "; --resume continues it" if unfinished([folder]) else ""
         raise ValueError(f"{folder} exists; add --overwrite to replace it, or --out DIR for another place{way_out}")
     if not hollow(folder) and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} exists and is not a run's folder; it is not replaced")
@@ -63,8 +64,8 @@ def refuse_folder(folder: Path, replaceable: bool) -> None:
             lock(file)
 
 
-def lock(file) -> None:
-    """ValueError if another process is writing this file. The lock ends with the process, however that ends."""
+def lock(file: Any) -> None:
+    """Lock an open file. Raises ValueError if another process is writing it. The lock ends with the process."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -76,45 +77,47 @@ def lock(file) -> None:
             raise ValueError(f"{Path(file.name).parent} is being written by another run of madsim") from None
 
 
-# ---------------------------------------------------------------- going on from a checkpoint
+# ---------------------------------------------------------------- resuming
 
 
 def identity(about: dict) -> dict:
-    """What may not change while a run is interrupted, of a Config as a dict or of what config.json holds: all settings
-    but where the data lie and the threads."""
+    """The settings that a resumed run must keep, from a Config as a dict or from config.json.
+
+    These are all settings except the folder of the data and the number of threads.
+    """
     apart = {"settings", "data_root", "threads", "command", "git", "versions", "machine", "data", "resumed"}
     return {name: value for name, value in (about | about["settings"]).items() if name not in apart}
 
 
 def refuse_changes(folder: Path, begun: dict, now: dict) -> None:
-    """ValueError, naming them, if what a run was begun with and what it shall go on with differ."""
+    """Raise ValueError, with the names, if settings differ between the run as it was begun and now."""
     changed = [f"{name} {begun.get(name)}, not {value}" for name, value in now.items() if begun.get(name) != value]
     if changed:
-        raise ValueError(f"{folder} was begun with {', '.join(changed)}; a run can't change on the way")
+        raise ValueError(f"{folder} was begun with {', '.join(changed)}; a run can't change its settings")
 
 
 def read_checkpoint(path: Path, kinds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The arrays of a checkpoint; ValueError unless they are of the `kinds` and can be those of a run."""
+    """The arrays of a checkpoint. Raises ValueError for other types or shapes than in `kinds`, or invalid numbers."""
     if not path.is_file():
         raise ValueError(f"{path.parent} can't be resumed: it holds no {path.name}; run it again with --overwrite")
     try:
         with np.load(path, allow_pickle=False) as found:
             if any(member.file_size != member.compress_size for member in found.zip.infolist()):
-                raise ValueError("it is compressed")  # madsim's never are; a small file could then fill the memory
+                raise ValueError("it is compressed")  # madsim's are not; a small compressed file could fill the memory
             arrays = dict(found)
         check_kinds(arrays, kinds)
         check_numbers(arrays)
         if not isinstance(json.loads(str(arrays["run"])), dict):
-            raise ValueError("its settings are no object")
+            raise ValueError("its settings are not an object")
     except OSError:
         raise
-    except Exception as error:  # zipfile's, numpy's and zlib's are of a dozen kinds
+    except Exception as error:  # zipfile, numpy and zlib raise a dozen types
         raise ValueError(f"{path} is damaged: {error}") from None
     return arrays
 
 
 def check_kinds(arrays: dict[str, np.ndarray], kinds: dict[str, np.ndarray]) -> None:
-    """ValueError unless all arrays are there, with the types and, but for lists over rounds, the shapes of `kinds`."""
+    """Raise ValueError if an array is missing or has another type or shape than in `kinds`."""
     if lacking := (kinds.keys() | {"run"}) - arrays.keys():
         raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
     for name, kind in kinds.items():
@@ -127,19 +130,18 @@ def check_kinds(arrays: dict[str, np.ndarray], kinds: dict[str, np.ndarray]) -> 
 
 
 def check_numbers(arrays: dict[str, np.ndarray]) -> None:
-    """ValueError for numbers that no run comes to."""
+    """Raise ValueError for numbers that no run produces."""
     scored = np.isfinite(arrays["distance"])  # the others have NaN
     known = np.concatenate([arrays[name][scored] for name in ("d", "reputation", "trust")])
     unknown = np.concatenate([arrays[name][~scored] for name in ("distance", "d", "reputation", "trust")])
-    sizes = [arrays[name].ravel() for name in ("spread", "seconds", "marks")]
-    sizes = np.concatenate([arrays["distance"][scored], *sizes])
+    sizes = [arrays[name].ravel() for name in ("spread", "seconds", "marks")] + [arrays["distance"][scored]]
     rounds = arrays["kept_rounds"]
     if not (
         np.isfinite(arrays["w"]).all()
         and arrays["active"].any()
         and ((known >= 0) & (known <= 1)).all()
         and np.isnan(unknown).all()
-        and (np.isfinite(sizes) & (sizes >= 0)).all()
+        and all((np.isfinite(size) & (size >= 0)).all() for size in sizes)
         and ((rounds >= 1) & (rounds <= arrays["round"])).all()
     ):
         raise ValueError("its numbers are out of range")
@@ -149,7 +151,7 @@ def check_numbers(arrays: dict[str, np.ndarray]) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file so that who reads it, also after a kill or on a full disk, finds the old or the new one whole."""
+    """Replace a file as a whole: after a kill or on a full disk, the old or the new content is there, complete."""
     unfinished = path.with_name(path.name + ".part")
     try:
         with naming(unfinished), open(unfinished, "wb") as file:
@@ -164,8 +166,8 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def naming(path: Path):
-    """An OSError within it names the file, as those of writing to an open one do not."""
+def naming(path: Path) -> Iterator[None]:
+    """Add the file's name to an OSError raised inside the block. Errors of writing to an open file lack it."""
     try:
         yield
     except OSError as error:
@@ -174,15 +176,12 @@ def naming(path: Path):
 
 
 def write_json(path: Path, content: dict) -> None:
-    replace_file(path, (as_json(content, indent=2) + "\n").encode())
-
-
-def as_json(content: dict, indent: int | None = None) -> str:
-    return json.dumps(content, indent=indent, allow_nan=False, default=lambda number: number.item())  # numpy's
+    """Write an object to a JSON file. NaN and infinity become null."""
+    replace_file(path, (json.dumps(plain(content), indent=2) + "\n").encode())
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file; ValueError if it is damaged."""
+    """The object in a JSON file. Raises ValueError if the file is damaged."""
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -192,14 +191,17 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def without_nan(value):
-    """The value with None for every NaN and infinity in it, which JSON does not know."""
+def plain(value: Any) -> Any:
+    """The value as JSON knows it: lists for arrays, and None for NaN and infinity."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
     if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [without_nan(item) for item in value]
+        return [plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def rounded(value: float) -> float:
+    """The value with `DIGITS` significant digits."""
     return float(f"{value:.{DIGITS}g}")

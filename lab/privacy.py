@@ -1,4 +1,4 @@
-"""Membership inference: what a model tells of who was trained on, by a loss threshold (Yeom et al. 2018)."""
+"""Membership inference: what a model reveals of its training images, by a loss threshold (Yeom et al. 2018)."""
 
 import numpy as np
 import torch.nn.functional as F
@@ -7,11 +7,11 @@ from torch import cat
 
 from model import Clients, lay_out, predict
 
-RESAMPLES = 100  # ours: of the bootstrap; its standard error is then known to some 7 %
+RESAMPLES = 100  # ours: bootstrap samples; the standard error is then known to about 7 %
 
 
 class MembershipInference:
-    """It is tried on the honest clients' training images, their validation images and the test images."""
+    """The attack on the honest clients' training images, against their validation images and the test images."""
 
     def __init__(self, clients: Clients):
         self.clients = clients
@@ -20,20 +20,20 @@ class MembershipInference:
         own, test = np.concatenate([train, validation]), clients.evaluated.flatten(0, 2)[: len(clients.test_labels)]
         self.images = lay_out(cat([clients.images[own], test]))
         self.labels = cat([clients.labels[own], clients.test_labels])
-        self.ends = [len(train), len(own)]  # of the training and of the validation images
+        self.ends = [len(train), len(own)]  # where the training images end, and the validation images
 
     def __call__(self, w: np.ndarray, t: int) -> dict[str, float]:
-        """What the global weights w [P], which the clients get in round t, tell of who was trained on.
+        """What the global weights w [P], which the clients receive in round t, reveal of the training images.
 
-        The `membership_advantage` between the honest clients' training images and the test images, and between
-        these and the same clients' validation images, which are of the very same kind: each with its standard error
-        (bootstrap over images, Efron 1979) and what chance alone would give.
+        Returns the `membership_advantage` between the honest clients' training images and the test images, and between
+        the former and the validation images of the same clients, which come from the same collection. Each has its
+        standard error (bootstrap over images, Efron 1979) and the advantage that chance alone gives.
         """
         logits = predict(self.clients.send(w), self.images)[: len(self.labels)].double()
-        signs = 2 * self.labels - 1  # cross-entropy as a softplus, which stays above 0 however sure the network is
+        signs = 2 * self.labels - 1  # cross-entropy as a softplus, which stays above 0 for every logit
         losses = F.softplus(signs * (logits[:, 0] - logits[:, 1])).cpu().numpy()
         train, validation, test = np.split(losses, self.ends)
-        found = {}
+        found: dict[str, float] = {}
         for name, others in (("test", test), ("validation", validation)):
             again = bootstrap(
                 (train, others),
@@ -50,11 +50,13 @@ class MembershipInference:
 
 
 def membership_advantage(members: np.ndarray, others: np.ndarray) -> float:
-    """Advantage in [0, 1] of who tells training images from others by their losses, given in [n] and [m]: the greatest
-    difference, over all thresholds, between the share of members and of others below it."""
+    """The advantage in [0, 1] of an attack that takes images with a loss below a threshold for training images.
+
+    It is the share of the losses `members` [n] below the threshold, minus that of `others` [m], at the best threshold.
+    """
     return float(ks_2samp(members, others, alternative="greater", method="asymp").statistic)
 
 
 def chance_advantage(members: int, others: int) -> float:
-    """The advantage expected of so many images where there is nothing to tell: the mean of Smirnov's limit (1939)."""
+    """The expected advantage if members and others do not differ: the mean of Smirnov's limit (1939)."""
     return float(np.sqrt(np.pi / 8 * (1 / members + 1 / others)))

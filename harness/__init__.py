@@ -1,0 +1,1 @@
+"""What runs and records: the command line, the terminal, run folders, jobs, pages."""

@@ -1,0 +1,297 @@
+"""The command line of madsim: its options, the runs that they ask for, and the exit status.
+
+`given` holds the options of a command line by their names, without those that were not given.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import sys
+from concurrent.futures import BrokenExecutor
+from dataclasses import asdict, fields, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn, get_args
+
+import data
+from harness.console import common_folder, introduce, list_names, report, report_seeds, script, way_on
+from harness.folder import CHECKPOINT, complete, data_md5, hollow, identity, refuse_changes, refuse_folder, seeds_in
+from harness.jobs import simulate_all, workers
+from lab.experiments import EXPERIMENTS, PAPER, tabulate, tidy
+from madsim import Config, Result, gather, simulate
+from trust import PRESETS, Settings
+
+QUICK = 60  # ours: rounds of --quick, with MAD from the middle; they take about 10 seconds on two cores
+MOST_RUNS = 10_000  # ours: of seeds, and of jobs
+NOT_RESULTS = {"out", "overwrite", "jobs", "backend", "scheduler", "data_root"}  # options that change no number
+
+
+# ---------------------------------------------------------------- options
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line. For an unknown option it names the nearest known one."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.match(r"unrecognized arguments: (--\S+)", message)
+        near = unknown and get_close_matches(unknown[1], re.findall(r"--[\w-]+", self.format_help()), 1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        self.exit(2, f"madsim: {' '.join(message.split())}{meant}\n")
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        usage="python madsim.py [--quick] [--rounds N] [--mad-start ROUND ...] [options]",
+        description="Simulate federated learning under label flipping, with Model Anomaly Detection (MAD).",
+        epilog="Then `python plot.py results/` draws the results, and with --play it makes a page that plays them.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    add_options(parser.add_argument_group("a run"), Config)
+    parser.add_argument("--list", action="store_true", help="list all attacks, rules, presets and so on, and exit")
+    parser.add_argument("--quick", action="store_true", help=f"a short run: {QUICK} rounds, MAD from the middle")
+    several = parser.add_argument_group("several runs, and where they go")
+    several.add_argument("--seeds", type=int, metavar="N", help="run N seeds, from --seed on")
+    several.add_argument(
+        "--experiment",
+        choices=[*EXPERIMENTS, "paper"],
+        help="a grid of runs and their table; paper: all figures of the paper. The same command continues it",
+    )
+    several.add_argument("--jobs", type=int, metavar="N", help="processes [default: one per core]")
+    several.add_argument(
+        "--backend", choices=("loky", "dask"), help="processes here, or a Dask cluster [default: loky]"
+    )
+    several.add_argument("--scheduler", metavar="ADDRESS", help="of the Dask cluster, such as tcp://host:8786")
+    several.add_argument("--out", type=Path, metavar="DIR", help="[default: results]")
+    several.add_argument("--overwrite", action="store_true", help="replace run folders that exist")
+    several.add_argument("--resume", type=Path, nargs="+", metavar="DIR", help="continue interrupted runs")
+    mad = parser.add_argument_group("MAD")
+    mad.add_argument("--preset", choices=PRESETS, help="the defaults of MAD's settings [default: paper]")
+    add_options(mad, Settings)
+    return parser
+
+
+def add_options(group: Any, of: type) -> None:
+    """Add one option per field of the dataclass, with its help, default and source. The dataclass checks the values."""
+    for f in fields(of):
+        if f.name == "settings":
+            continue
+        about, kind = f.metadata, (get_args(f.type) or (f.type,))[0]
+        values = about.get("choices")
+        listed = "{" + ",".join(map(str, values)) + "}" if isinstance(values, tuple) else None  # else see --list
+        default = "" if f.default is None else f"default: {f.default}, "
+        group.add_argument(
+            option(f.name),
+            dest=f.name,
+            type=start_round if f.name == "mad_start" else kind,
+            nargs="+" if f.name == "mad_start" else None,
+            metavar=listed or about.get("metavar", {"int": "N", "float": "X", "str": "NAME"}[kind.__name__]),
+            help=f"{about['help']} [{default}{about['source']}]",
+        )
+
+
+def start_round(text: str) -> int | None:
+    """A value of --mad-start: a round, or `never`."""
+    try:
+        return None if text == "never" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a round or 'never'; separate several by spaces") from None
+
+
+def option(name: str) -> str:
+    """The option for a field of Config or Settings, or for another name in `given`."""
+    renamed = {f.name: f.metadata["option"] for f in (*fields(Config), *fields(Settings)) if "option" in f.metadata}
+    return "--" + renamed.get(name, name.replace("_", "-"))
+
+
+# ---------------------------------------------------------------- the runs that are asked for
+
+
+def plan(given: dict[str, Any]) -> dict[Path, Config]:
+    """The new runs that the options ask for, by their folders. A run that is asked for twice is there once."""
+    check_execution(given)
+    if "quick" in given and "experiment" in given:
+        raise ValueError("--quick and --experiment exclude each other; leave out one of them")
+    if "quick" in given:
+        rounds = given.get("rounds", QUICK)
+        given = {"rounds": rounds, "mad_start": [max(1, rounds // 2)]} | given
+    if "experiment" in given:
+        groups = {folder: list(cells.values()) for folder, cells in plan_experiments(given).items()}
+    else:
+        base = configure(given, Config())
+        starts = given.get("mad_start", [None])
+        groups = {given.get("out", Path("results")): [replace(base, mad_start=start) for start in starts]}
+    runs = [
+        (folder, replace(config, seed=seed))
+        for folder, configs in groups.items()
+        for seed in seeds_of(given)
+        for config in configs
+    ]
+    return {folder / config.name: config for folder, config in runs}
+
+
+def plan_experiments(given: dict[str, Any]) -> dict[Path, dict[tuple[str, str], Config]]:
+    """The cells of the experiments that are asked for, by the folders of the experiments."""
+    groups = {}
+    for name in PAPER if given["experiment"] == "paper" else [given["experiment"]]:
+        experiment = EXPERIMENTS[name]
+        if clash := sorted(experiment.sets() & given.keys()):
+            raise ValueError(f"experiment {name} sets {', '.join(map(option, clash))} itself; leave that out")
+        groups[given.get("out", Path("results")) / name] = {
+            cell: replace(configure(options, Config()), mad_start=options.get("mad_start"))
+            for cell, options in experiment.cells(given).items()
+        }
+    return groups
+
+
+def seeds_of(given: dict[str, Any]) -> range:
+    """The seeds that are asked for."""
+    first = given.get("seed", 0)
+    return range(first, first + given.get("seeds", 1))
+
+
+def check_execution(given: dict[str, Any]) -> None:
+    """Raise ValueError for an impossible number of seeds or processes, or for incomplete options of a cluster."""
+    for name in ("seeds", "jobs"):
+        if not 1 <= given.get(name, 1) <= MOST_RUNS:
+            raise ValueError(f"{name} {given[name]} must be at least 1 and at most {MOST_RUNS}")
+    if "scheduler" in given and given.get("backend") != "dask":
+        raise ValueError("--scheduler needs --backend dask")
+    if given.get("backend") == "dask" and "scheduler" not in given:
+        raise ValueError("--backend dask needs --scheduler ADDRESS")
+    if "scheduler" in given and "jobs" in given:
+        raise ValueError("--jobs is for this machine; a Dask cluster has a fixed number of workers")
+
+
+def configure(given: dict[str, Any], base: Config) -> Config:
+    """`base` with the options of `given`, except the MAD starts."""
+    settings = PRESETS[given["preset"]] if "preset" in given else base.settings
+    settings = replace(settings, **{f.name: given[f.name] for f in fields(Settings) if f.name in given})
+    own = {f.name: given[f.name] for f in fields(Config) if f.name in given and f.name != "mad_start"}
+    return replace(base, **own, settings=settings)
+
+
+def plan_resumed(given: dict[str, Any]) -> dict[Path, Config]:
+    """The runs in the folders of --resume, with the settings that they were begun with.
+
+    Other options may be given if they agree with these settings. Raises ValueError if they do not, and for options of
+    new runs.
+    """
+    check_execution(given)
+    for name in ("seeds", "experiment", "overwrite", "out", "quick"):
+        if name in given:
+            raise ValueError(f"--resume continues runs that exist; leave out --{name}")
+    folders = {folder.resolve(): folder for folder in given["resume"]}.values()  # each once
+    runs = {folder: Config.read(folder) for folder in folders}
+    for folder in runs:
+        if not complete(folder) and not (folder / CHECKPOINT).is_file():
+            raise ValueError(f"{folder} can't be resumed: it holds no {CHECKPOINT}; run it again with --overwrite")
+    if len({config.dataset for config in runs.values()}) > 1:
+        raise ValueError("these runs have different data sets; resume them one by one")
+    for folder, begun in runs.items():
+        runs[folder] = configure(given, begun)
+        starts = {"mad_start": given.get("mad_start", [begun.mad_start])}
+        refuse_changes(
+            folder, identity(asdict(begun)) | {"mad_start": [begun.mad_start]}, identity(asdict(runs[folder])) | starts
+        )
+    return runs
+
+
+def make_ready(planned: dict[Path, Config], given: dict[str, Any]) -> tuple[dict[Path, Config], data.Dataset]:
+    """The planned runs that are not complete, and the data set.
+
+    Several runs, or an experiment, continue the runs that an earlier call has made. Other folders in the way are
+    removed if they may be replaced. That happens last, so that an invalid command removes nothing. Raises ValueError
+    for a folder that may not be replaced or that holds another run.
+    """
+    overwrite, resume = "overwrite" in given, "resume" in given
+    continues = ("experiment" in given or len(planned) > 1) and not overwrite
+    stay = [folder for folder in planned if resume or (continues and (folder / CHECKPOINT).is_file())]
+    finished = [folder for folder in stay if complete(folder)]
+    in_the_way = [folder for folder in planned if folder not in stay and folder.exists()]
+    for folder in in_the_way:
+        refuse_folder(folder, replaceable=overwrite or (continues and hollow(folder)))
+    first = next(iter(planned.values()))
+    dataset = data.load(first.dataset, first.data_root)
+    gather(first, dataset)
+    for folder in finished:
+        if not resume:
+            md5 = {"data's MD5": data_md5(folder)}
+            now = identity(asdict(planned[folder])) | {"data's MD5": dataset.md5}
+            refuse_changes(folder, identity(asdict(Config.read(folder))) | md5, now)
+        if "experiment" not in given:
+            print(f"{folder} is complete")
+    for folder in in_the_way:
+        shutil.rmtree(folder)
+    return {folder: config for folder, config in planned.items() if folder not in finished}, dataset
+
+
+# ---------------------------------------------------------------- the command
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run what the command line asks for. Returns 0, or 130 after an interruption; invalid input exits with 2."""
+    parser = make_parser()
+    given = vars(parser.parse_args(argv))
+    if "list" in given:
+        list_names()
+        return 0
+    runs: dict[Path, Config] = {}
+    begun, again = False, "overwrite" in given
+    try:
+        planned = plan_resumed(given) if "resume" in given else plan(given)
+        with workers(given.get("scheduler")):
+            runs, dataset = make_ready(planned, given)
+            if runs:
+                introduce(runs, dataset)
+            begun = True
+            jobs = given.get("jobs", os.cpu_count() or 1)
+            results = simulate_all(simulate, runs, dataset, jobs, "scheduler" in given)
+    except BrokenExecutor:
+        parser.error(f"the process of a run was killed{way_on(runs, again)}")
+    except (ValueError, FloatingPointError) as error:
+        parser.error(str(error))
+    except (OSError, MemoryError) as error:
+        parser.error(f"{error}{way_on(runs, again) if begun else ''}")
+    except KeyboardInterrupt:  # a single run handles it; here no run had begun, or several were interrupted
+        print(f"\nmadsim: stopped{way_on(runs, again)}", file=sys.stderr)
+        return 130
+    done = {folder: result for folder, result in zip(runs, results) if isinstance(result, Result)}
+    try:
+        if "experiment" in given:
+            tabulate_all(given, dataset.md5)
+        else:
+            report_all(planned, done)
+    except (ValueError, OSError) as error:  # a file of a run or a table
+        if isinstance(error, OSError) and not error.filename:  # the output
+            raise
+        parser.error(str(error))
+    for failure in (result for result in results if not isinstance(result, Result)):
+        print(f"madsim: {failure}", file=sys.stderr)
+    if len(done) < len(runs):
+        return 2
+    return 0 if all(result.summary["complete"] for result in done.values()) else 130
+
+
+def report_all(planned: dict[Path, Config], results: dict[Path, Result]) -> None:
+    """Report each run that has just ended, the means over seeds of all planned runs, and how to draw them."""
+    for folder, result in results.items():
+        report(result, folder)
+    there = {folder: config for folder, config in planned.items() if (folder / "summary.json").is_file()}
+    cells = [(folder, replace(config, seed=0).name.removesuffix("-s0"), "") for folder, config in there.items()]
+    if len({kind for _, kind, _ in cells}) < len(cells):
+        report_seeds(tidy(cells))
+    if there and (results or len(planned) > 1):
+        print(f"Figures      python {script('plot.py')} {common_folder(there)}")
+
+
+def tabulate_all(given: dict[str, Any], md5: str) -> None:
+    """Write and print the tables of the experiments. They include the runs of earlier calls on the same data."""
+    for folder, cells in plan_experiments(given).items():
+        seeds = sorted({*seeds_of(given), *seeds_in(folder)})
+        runs = [(folder / replace(run, seed=seed).name, *cell) for cell, run in cells.items() for seed in seeds]
+        runs = [run for run in runs if (run[0] / CHECKPOINT).is_file() and data_md5(run[0]) == md5]
+        asked = {name: value for name, value in given.items() if name not in NOT_RESULTS} | {"experiment": folder.name}
+        words = [f"{option(name)} {value}" for name, value in asked.items()]
+        tabulate(folder, runs, f"python madsim.py {' '.join(words)}")

@@ -1,0 +1,105 @@
+"""What all figures share: colours and line styles, lines over several seeds, and the files.
+
+Nothing here uses pyplot: figures need no display, and are freed after use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.runs import Run, title, variants
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito (2008): colour-blind readers can tell these apart. Their yellow is missing: it is too pale on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LINES: tuple[Any, ...] = ("-", (0, (6, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (1.5, 1.2)))
+HONEST = "#8C8C8C"
+
+
+def new_figure(rows: int = 1, columns: int = 1, height: float = 4.2, width: float = 8, sharex: bool = True) -> Any:
+    """A figure (inches) and its Axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, sharex=sharex)
+
+
+def prepare(ax: Axes, heading: str, unit: str) -> None:
+    """Set the title, the names of the axes and a light grid."""
+    ax.set_title(heading, fontsize="medium", loc="left")  # a long title then continues above the legend
+    ax.set(xlabel="round", ylabel=unit)
+    ax.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]  # it is a MaxNLocator
+    ax.margins(x=0.01)
+    ax.grid(color="0.92")
+    ax.set_axisbelow(True)
+
+
+def bundles(runs: Sequence[Run]) -> list[tuple[dict[str, Any], list[Run]]]:
+    """Groups of runs that differ in nothing but their seed, each with the label, colour and style of its line."""
+    together: dict[str, list[Run]] = {}
+    for run, text in zip(runs, variants(runs)):
+        together.setdefault(text, []).append(run)
+    seeds = {run.config.get("seed") for run in runs}
+    found = []
+    for kind, (text, members) in enumerate(together.items()):
+        if len(members) > 1:
+            text += f", mean of {len(members)} seeds"
+        elif len(seeds) > 1:
+            text += f", seed {members[0].config.get('seed')}"
+        style = {"label": text, "color": COLOURS[kind % len(COLOURS)], "linestyle": LINES[kind % len(LINES)]}
+        found.append((style, members))
+    return found
+
+
+def band_title(subject: str, runs: Sequence[Run]) -> str:
+    """The `title`, with the meaning of the bands if there are any."""
+    banded = any(len(members) > 1 for _, members in bundles(runs))
+    return title(subject, runs) + "; band: ± one standard deviation over the seeds" * banded
+
+
+def over_seeds(members: Sequence[Run], column: str) -> Any:
+    """A column of rounds.csv of each run as a pandas frame [t, run], for the rounds t that all runs have."""
+    import pandas as pd
+
+    each = [run.rounds.drop_duplicates("round", keep="last").set_index("round")[column] for run in members]
+    return pd.concat(each, axis=1, join="inner")
+
+
+def band(ax: Axes, values: Any, **style: Any) -> None:
+    """The mean of the columns as a line. Of several columns also a band of one standard deviation to each side."""
+    mean, spread = values.mean(axis=1), values.std(axis=1)
+    line(ax, values.index, mean, **style)
+    if values.shape[1] > 1:
+        ax.fill_between(values.index, mean - spread, mean + spread, color=style["color"], alpha=0.2, linewidth=0)
+
+
+def line(ax: Axes, x: Any, y: Any, **style: Any) -> None:
+    """A line. A single point is drawn as a dot, because a line would not show it."""
+    ax.plot(x, y, **{"marker": "." if len(x) == 1 else None} | style)
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write `path`.png, which is returned, and `path`.svg, with one legend for all Axes to their right."""
+    import matplotlib
+
+    entries: dict[str, Any] = {}
+    for ax in figure.axes:
+        handles, labels = ax.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles))
+    if entries:
+        columns = -(-len(entries) // 20)  # so that the legend is never taller than the figure
+        handles, labels = list(entries.values()), list(entries)
+        figure.legend(handles, labels, loc="outside right center", fontsize="small", ncols=columns)
+    figure.draw_without_rendering()  # lays out the figure, once for both files
+    figure.set_layout_engine("none")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    png, svg = (path.with_name(path.name + suffix) for suffix in (".png", ".svg"))
+    with matplotlib.rc_context({"svg.hashsalt": "madsim"}):  # and no date: equal results give equal files
+        figure.savefig(png, dpi=150)
+        figure.savefig(svg, metadata={"Date": None})
+    return png

@@ -1,0 +1,97 @@
+"""Several runs at once: processes on this machine, or a Dask cluster."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+from harness.folder import CHECKPOINT
+
+CONNECT_SECONDS = 10  # ours: the time that a cluster's scheduler has to answer
+
+
+def simulate_all(simulate: Callable, runs: dict[Path, Any], dataset: Any, jobs: int, cluster: bool = False) -> list:
+    """The Result of `simulate` for each of the `runs`, which are Configs by their folders.
+
+    A single run uses all threads. Several runs are processes that share the cores, or jobs on the `cluster` that joblib
+    was given (see `workers`). A run continues if its folder has a checkpoint. If one of several runs fails, its place
+    in the list holds its ValueError or FloatingPointError, and the others continue.
+    """
+    if not runs:
+        return []
+    if len(runs) == 1 and not cluster:
+        [(folder, config)] = runs.items()
+        return [simulate(config, folder, dataset=dataset, resume=(folder / CHECKPOINT).is_file(), bar=True)]
+    from joblib import Parallel, delayed
+
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")  # if the processes are killed
+    jobs = min(jobs, len(runs))
+    threads = 1 if cluster else max(1, (os.cpu_count() or 1) // jobs)
+    each = [(replace(config, threads=config.threads or threads), folder.absolute()) for folder, config in runs.items()]
+    with rounds_bar(runs):
+        return Parallel(n_jobs=jobs)(delayed(attempt)(simulate, *run, dataset, sys.argv) for run in each)
+
+
+def attempt(simulate: Callable, config: Any, folder: Path, dataset: Any, command: list[str]) -> Any:
+    """One of several runs: its Result, or the error that ended it. Raises KeyboardInterrupt if it was interrupted."""
+    sys.argv = command  # for config.json: another program started the worker of a cluster
+    try:
+        result = simulate(config, folder, dataset=dataset, resume=(folder / CHECKPOINT).is_file())
+    except (ValueError, FloatingPointError) as error:
+        return type(error)(f"{folder}: {error}")
+    if not result.summary["complete"]:
+        raise KeyboardInterrupt
+    return result
+
+
+@contextmanager
+def workers(scheduler: str | None) -> Iterator[None]:
+    """Inside this block, joblib's Parallel runs on the Dask cluster at an address (None: on this machine).
+
+    The workers of the cluster see the same folders and find these modules. Each has one thread, because PyTorch keeps
+    its number of threads and its random state per process. Raises ValueError for workers with several threads, and
+    OSError for a cluster that does not answer.
+    """
+    if scheduler is None:
+        yield
+        return
+    from joblib import parallel_config
+
+    try:
+        from distributed import Client
+    except ImportError:
+        raise ValueError("--backend dask needs the package distributed: pip install distributed") from None
+    with Client(scheduler, timeout=CONNECT_SECONDS) as client, parallel_config(backend="dask"):
+        if crowded := [worker for worker, threads in client.nthreads().items() if threads != 1]:
+            raise ValueError(f"workers {', '.join(crowded)} have several threads; start them with --nthreads 1")
+        yield
+
+
+@contextmanager
+def rounds_bar(runs: dict[Path, Any]) -> Iterator[None]:
+    """One progress bar for runs in other processes. It counts the rows that they have written."""
+    from tqdm import tqdm
+
+    def rows() -> int:
+        tables = [folder / "rounds.csv" for folder in runs]
+        return sum(max(0, table.read_bytes().count(b"\n") - 1) for table in tables if table.is_file())
+
+    def watch() -> None:
+        while not finished.wait(0.5):
+            bar.update(rows() - bar.n)
+
+    finished, watcher = Event(), Thread(target=watch)
+    total = sum(config.rounds for config in runs.values())
+    about = {"unit": "round", "desc": f"{len(runs)} runs", "disable": None, "dynamic_ncols": True}
+    with tqdm(total=total, initial=rows(), **about) as bar:
+        watcher.start()
+        try:
+            yield
+            bar.update(total - bar.n)
+        finally:
+            finished.set()
+            watcher.join()

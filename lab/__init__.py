@@ -1,0 +1,1 @@
+"""Beyond the paper: attacks, rules, partitions, privacy, experiments, and their figures."""

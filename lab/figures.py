@@ -1,0 +1,163 @@
+"""Figures of what goes beyond the paper: the jump at an exclusion, membership inference, heat maps of experiments.
+
+The plot functions take matplotlib Axes, as those of plot.py do.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.drawing import COLOURS, HONEST, band, bundles, new_figure, prepare
+from harness.runs import JUMP_PARTS, METRICS, OTHERS, Run, read_grid, title
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def plot_jump(ax: Axes, runs: Sequence[Run], name: str) -> None:
+    """The change of the participants' mean `name` (loss or accuracy) at the first exclusion, as two bars per run.
+
+    One bar is the part that comes from averaging over fewer clients, the other the part of the model itself. For runs
+    that differ only in their seed the bars are means, with lines of one sample standard deviation to each side.
+    """
+    import numpy as np
+
+    ax.set(xlabel={"loss": "change of loss (nats)", "accuracy": "change of accuracy (fraction correct)"}[name])
+    ax.xaxis.get_major_locator().set_params(nbins=6)  # type: ignore[call-arg]  # it is a MaxNLocator
+    ax.grid(color="0.92")
+    ax.set_axisbelow(True)
+    rows = bundles(runs)
+    for place, (part, label) in enumerate(JUMP_PARTS.items()):
+        values = [[run.jump[name][part] for run in members if run.jump] for _, members in rows]
+        ax.barh(
+            np.arange(len(rows)) + 0.4 * place - 0.2,
+            [float(np.mean(each)) for each in values],
+            height=0.38,
+            xerr=[float(np.std(each, ddof=1)) if len(each) > 1 else 0 for each in values],
+            color=COLOURS[4 * place],
+            hatch="//" * place,
+            edgecolor="white",
+            label=label,
+        )
+    ax.set_yticks(range(len(rows)), [style["label"] for style, _ in rows])
+    ax.axvline(0, color="black", linewidth=0.8)
+    ax.invert_yaxis()
+
+
+def jump_figure(runs: Sequence[Run]) -> Figure:
+    """The two parts of the change at the first exclusion: of the loss above, of the accuracy below."""
+    rows = bundles(runs)
+    figure, axes = new_figure(rows=2, height=2.4 + 0.8 * len(rows), sharex=False)
+    for ax, name in zip(axes, ("loss", "accuracy")):
+        plot_jump(ax, runs, name)
+    heading = title("Change of the participants' mean loss and accuracy at the first exclusion", runs)
+    heading += "; lines: ± one standard deviation over the seeds" * any(len(members) > 1 for _, members in rows)
+    figure.suptitle(heading, fontsize="medium", x=0.02, ha="left")
+    return figure
+
+
+def plot_membership(ax: Axes, runs: Sequence[Run], others: str) -> None:
+    """The membership advantage (0 to 1, Yeom et al. 2018) that the attackers' last received model gives, by round.
+
+    It compares the honest clients' training images with `others` ("test" or "validation" images). For runs that differ
+    only in their seed it is the mean, with a band as in Fig. 3(a); otherwise the band is one standard error.
+    """
+    banded = any(len(members) > 1 for _, members in bundles(runs))
+    band_is = "one standard deviation over the seeds" if banded else "one standard error (bootstrap)"
+    prepare(ax, f"against {OTHERS[others]}; band: ± {band_is}", "advantage (0 to 1)")
+    for style, members in bundles(runs):
+        values = held_by_attackers(members, f"{others}_advantage")
+        band(ax, values, **style)
+        if not banded:
+            errors = held_by_attackers(members, f"{others}_error")[0]
+            low, high = values[0] - errors, values[0] + errors
+            ax.fill_between(values.index, low, high, color=style["color"], alpha=0.2, linewidth=0)
+    chance = runs[0].membership[f"{others}_chance"].mean()
+    ax.axhline(chance, color=HONEST, linestyle=":", label="chance alone")
+    ax.set_ylim(bottom=0)
+
+
+def held_by_attackers(members: Sequence[Run], column: str) -> Any:
+    """A column of membership.csv, by round, for the last model that the attackers have received; mean over attackers.
+
+    Without attackers it is the mean over all clients. The pandas frame has one column 0, 1, ... per run.
+    """
+    import pandas as pd
+
+    each = []
+    for run in members:
+        values = run.membership.drop_duplicates("round", keep="last").set_index("round")[column]
+        holders = run.clients[run.clients["malicious"].eq(1) | (not run.clients["malicious"].any())]
+        received = holders.dropna(subset="train_loss").groupby("client")["round"].max()
+        held = [values.where(values.index <= last).ffill() for last in received]
+        each.append(pd.concat(held, axis=1).mean(axis=1))
+    return pd.concat(each, axis=1, join="inner", ignore_index=True)
+
+
+def membership_figure(runs: Sequence[Run]) -> Figure:
+    """The membership advantage against test images above, against validation images below."""
+    figure, axes = new_figure(rows=2, height=8)
+    for ax, others in zip(axes, OTHERS):
+        plot_membership(ax, runs, others)
+    axes[0].set_xlabel("")
+    heading = title("Membership advantage that the attackers' last received model gives", runs)
+    figure.suptitle(heading, fontsize="medium", x=0.02, ha="left")
+    return figure
+
+
+def plot_grid(ax: Axes, table: Any, values: str, texts: Any) -> None:
+    """A heat map of an experiment's `table`, a frame from `read_grid`, by its rows and columns.
+
+    The colour is the mean over the seeds of the column `values` (0 to 1). `texts` holds the text of each cell by
+    (row, column).
+    """
+    rows, columns = (list(dict.fromkeys(table[axis])) for axis in ("row", "column"))
+    means = table.groupby(["row", "column"])[values].mean().unstack().reindex(index=rows, columns=columns)
+    image = ax.imshow(means, cmap="cividis", aspect="auto", vmax=1)
+    ax.figure.colorbar(image, ax=ax, pad=0.02)
+    middle = sum(image.get_clim()) / 2
+    for (row, column), text in texts.items():
+        colour = "black" if means.loc[row, column] > middle else "white"
+        ax.text(columns.index(column), rows.index(row), text, fontsize="small", color=colour, ha="center", va="center")
+    ax.set_xticks(range(len(columns)), columns, rotation=30, ha="right", rotation_mode="anchor")
+    ax.set_yticks(range(len(rows)), rows)
+
+
+def grid_figures(path: Path) -> Iterator[tuple[str, Figure]]:
+    """The heat maps of an experiment with several rows and columns, by name. There are none without a table.csv."""
+    if not path.is_file():
+        return
+    try:
+        table = read_grid(path)
+    except (ValueError, OSError) as error:
+        print(f"{path}: not drawn, {' '.join(str(error).split())}", file=sys.stderr)
+        return
+    rows, columns = table["row"].nunique(), table["column"].nunique()
+    if rows < 2 or columns < 2:
+        return
+    seeds = ", ".join(map(str, sorted(table["seed"].unique())))
+    data, rounds = (" and ".join(map(str, table[name].unique())) for name in ("data", "rounds"))
+    span = int(min(10, table["last"].max()))  # as in the table
+    metric, share = f"last {span} of {rounds} rounds, mean ± standard deviation", f"after {rounds} rounds, mean"
+    for name, heading in (METRICS | {"right": "Share of clients judged rightly, and who was excluded"}).items():
+        about = f"{data}, {share if name == 'right' else metric} over seeds {seeds}"
+        figure, ax = new_figure(height=2 + 0.42 * rows, width=max(8, 3.5 + 0.85 * columns))
+        plot_grid(ax, table, name, cell_texts(table, name))
+        figure.suptitle(f"{heading}\n{about}", fontsize="medium", x=0.02, ha="left")
+        yield f"grid-{'exclusions' if name == 'right' else name}", figure
+
+
+def cell_texts(table: Any, name: str) -> Any:
+    """By (row, column): the mean and deviation of a metric, or for `right` the mean numbers of excluded clients."""
+    groups = table.groupby(["row", "column"])
+    if name == "right":
+        counts = ("true_exclusions", "attackers", "false_exclusions")
+        out, of, honest = (groups[count].mean().map("{:.3g}".format) for count in counts)
+        attackers = (out + " of " + of + " out,\n").where(of != "0", "no attacker,\n")
+        return attackers + honest + " honest out"
+    mean, deviation = groups[name].mean(), groups[name].std()
+    return mean.map("{:.3f}".format) + deviation.map("\n± {:.3f}".format).where(deviation.notna(), "")

@@ -1,0 +1,144 @@
+"""The aggregation rules that MAD is compared with. To add one, write a function and add an entry to `RULES`.
+
+A rule is a function `rule(W [n, P], weights [n], f) -> w [P]`. W holds the models of the n active clients and `weights`
+their numbers of training images. `f` is the number of malicious clients that the rule should withstand. The first line
+of its docstring is what `--list` prints.
+
+Shapes: n clients, P parameters.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from trust import Array, Mask, mean, squared_distances, two_means
+
+WEISZFELD_STEPS = 10_000  # ours: the most steps. About 30 are enough, unless one row has almost half of the weight.
+CONVERGED = 1e-9  # ours: the steps end when a step is shorter than this fraction of the median distance
+SMOOTHING = 1e-6  # added to the distances in Weiszfeld's steps (Pillutla et al. 2019)
+LAST_LAYER = slice(-66, -2)  # the weights of the network's last layer, 2 x 32, in a row of W; its 2 biases follow
+
+Rule = Callable[[Array, Array, int], Array]
+
+
+def on_changes(rule: Rule) -> Rule:
+    """Mark a rule that takes and returns changes of the global weights instead of weights; see `trust.aggregate`."""
+    rule.on_changes = True  # type: ignore[attr-defined]
+    return rule
+
+
+def median(W: Array, weights: Array, f: int) -> Array:
+    """Coordinate-wise median (Yin et al. 2018).
+
+    It uses neither the weights nor f.
+    """
+    return np.median(W, axis=0)
+
+
+def trimmed_mean(W: Array, weights: Array, f: int) -> Array:
+    """Mean without the f lowest and f highest values (Yin et al. 2018).
+
+    It works on each coordinate alone and does not use the weights.
+    """
+    need("trimmed_mean", len(W), f)
+    return np.sort(W, axis=0)[f : len(W) - f].mean(0)
+
+
+def krum(W: Array, weights: Array, f: int) -> Array:
+    """Krum: the model with the lowest score (Blanchard et al. 2017).
+
+    Of equal scores the first wins. It does not use the weights.
+    """
+    need("krum", len(W), f)
+    return W[krum_scores(W, f).argmin()]
+
+
+def multi_krum(W: Array, weights: Array, f: int) -> Array:
+    """Multi-Krum: mean of the n - f best models (Blanchard et al. 2017).
+
+    The best are those with the lowest scores. It does not use the weights.
+    """
+    need("multi_krum", len(W), f)
+    return W[krum_scores(W, f).argsort(kind="stable")[: len(W) - f]].mean(0)
+
+
+def krum_scores(W: Array, f: int) -> Array:
+    """Sum [n] of each row's squared distances to the n - f - 2 rows nearest to it (Blanchard et al. 2017)."""
+    squared = squared_distances(W)
+    np.fill_diagonal(squared, np.inf)
+    return np.sort(squared, axis=1)[:, : len(W) - f - 2].sum(1)
+
+
+def geometric_median(W: Array, weights: Array, f: int) -> Array:
+    """Point with the least sum of distances (Pillutla et al. 2019).
+
+    The sum is weighted. Smoothed Weiszfeld steps find the point. It is a weighted mean of the rows, so the steps are
+    taken in the n coefficients of that mean. f is not used.
+    """
+    W = W.astype(np.float64)
+    spread = np.sqrt(np.median(squared_distances(W), axis=1))
+    places = np.asarray(np.linalg.qr((W - W[spread.argmin()]).T, mode="r")).T  # [n, n], as far apart as the rows
+    distance = spread  # the start, so that the steps need not come back from an outlier
+    share = np.zeros(len(W))
+    for _ in range(WEISZFELD_STEPS):
+        nearer = weights / np.maximum(distance, SMOOTHING)
+        nearer /= nearer.sum()
+        moved = np.linalg.norm((nearer - share) @ places)
+        share = nearer
+        distance = np.linalg.norm(places - share @ places, axis=1)
+        if moved <= CONVERGED * np.median(distance):
+            break
+    return share @ W
+
+
+@on_changes
+def norm_clipping(U: Array, weights: Array, f: int) -> Array:
+    """Mean of the changes, long ones clipped (Sun et al. 2019).
+
+    Changes U [n, P] are clipped to their median length. That is ours: the paper uses a constant. f is not used.
+    """
+    lengths = np.linalg.norm(U, axis=1)
+    factors = np.minimum(1, np.median(lengths) / np.where(lengths > 0, lengths, 1))
+    return mean(U * factors[:, None], weights, f)
+
+
+@on_changes
+def lfighter(U: Array, weights: Array, f: int) -> Array:
+    """LFighter: clusters the last layers (Jebreel et al. 2023).
+
+    This is the method for two classes. It splits the changes U [n, P] of the last layer into two clusters and averages
+    the good one: the larger cluster whose members differ more, because attackers resemble one another. f is not used.
+    """
+    last = U[:, LAST_LAYER]
+    squared = squared_distances(last)
+    if squared.max() == 0:
+        return mean(U, weights, f)
+    group = two_means(squared)
+    lengths = np.linalg.norm(last, axis=1, keepdims=True)
+    unit = last / np.where(lengths > 0, lengths, 1)
+
+    def dissimilarity(members: Mask) -> float:
+        cosine = unit[members] @ unit[members].T - np.eye(members.sum())
+        return members.mean() * (1 - cosine.min(1).mean())
+
+    good = group if dissimilarity(group) > dissimilarity(~group) else ~group
+    return mean(U[good], weights[good], f)
+
+
+def need(rule: str, clients: int, f: int) -> None:
+    """Raise ValueError if a rule has too few clients to withstand f malicious ones."""
+    least = {"trimmed_mean": 2 * f + 1, "krum": 2 * f + 3, "multi_krum": 2 * f + 3}.get(rule, 1)
+    if clients < least:
+        raise ValueError(f"{rule} needs {least} clients to withstand {f} malicious ones; there are {clients}")
+
+
+RULES: dict[str, Rule] = {
+    "mean": mean,
+    "median": median,
+    "trimmed_mean": trimmed_mean,
+    "krum": krum,
+    "multi_krum": multi_krum,
+    "geometric_median": geometric_median,
+    "norm_clipping": norm_clipping,
+    "lfighter": lfighter,
+}

@@ -79,11 +79,7 @@ class Config:
 
     rounds: int = setting(1000, "aggregation rounds", "paper: 100 to 1000", low=1, high=1_000_000)
     mad_start: int | None = setting(
-        None,
-        "round from which MAD excludes, or never; several values make several runs",
-        "default: never; paper: 5 to 500",
-        low=1,
-        metavar="ROUND",
+        None, "round from which MAD excludes, or never", "default: never; paper: 5 to 500", low=1
     )
     clients: int = setting(10, "participating clients", "paper", low=1, high=100_000)
     malicious: float = setting(0.2, "fraction of malicious clients, below half", "paper")
@@ -91,34 +87,24 @@ class Config:
     flip: float = setting(1.0, "share of its labels that a malicious client flips", "paper", low=0, high=1)
     attack_start: int = setting(1, "round from which malicious clients attack", "paper", low=1)
     attack_period: int | None = setting(
-        None, "they attack for this many rounds, then pause for as many (default: no pause)", "paper", low=1
+        None, "rounds of attack, then as many of pause (default: no pause)", "paper", low=1
     )
     partition: str = setting("iid", "how images are dealt to the clients, see --list", "paper", choices=PARTITIONS)
     concentration: float = setting(
-        0.5,
-        "concentration (alpha) of the Dirichlet distribution, for partitions that are not iid",
-        "Li et al. 2022",
-        low=1e-3,
-        option="alpha",
+        0.5, "concentration of the Dirichlet distribution", "Li et al. 2022", low=1e-3, option="alpha"
     )
     rule: str = setting("mean", "how the active models are aggregated, see --list", "paper", choices=RULES)
     epochs: int = setting(1, "local epochs per round", "testbed", low=1, high=100)
     batch_size: int = setting(20, "images per local step", "testbed", low=1)
     lr: float = setting(1e-3, "learning rate of Adam", "testbed", low=0, high=1e30)  # float32 ends at 3e38
-    membership: int | None = setting(
-        None, "measure every N rounds what the model reveals of its training images", "ours", low=1
-    )
+    membership: int | None = setting(None, "rounds between measurements of membership inference", "ours", low=1)
     method: str = setting("stacked", "train all clients at once, or in a loop", "ours", choices=("stacked", "loop"))
-    dataset: str = setting(
-        "auto", "auto: the phantom if PneumoniaMNIST is not available", "ours", choices=data.DATASETS
-    )
-    data_root: str | None = setting(
-        None, f"folder of {data.FILE} (default: MADSIM_DATA, else medmnist's)", "ours", metavar="DIR"
-    )
+    dataset: str = setting("auto", "auto: the phantom without PneumoniaMNIST", "ours", choices=data.DATASETS)
+    data_root: str | None = setting(None, f"folder of {data.FILE} (default: MADSIM_DATA, else medmnist's)", "ours")
     seed: int = setting(0, "determines everything random", "ours", low=0, high=2**63 - 1)
     device: str = setting("auto", "auto: cuda if there is one", "ours", choices=("auto", "cpu", "cuda"))
     threads: int | None = setting(
-        None, "processor threads per run (default: all; several runs share them)", "ours", low=1, high=1024
+        None, "threads per run (default: all; several runs share them)", "ours", low=1, high=1024
     )
     settings: Settings = field(default=PRESETS["paper"], metadata={"help": "MAD's settings"})
 

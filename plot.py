@@ -24,7 +24,7 @@ from harness import pages
 from harness.console import as_command
 from harness.drawing import HONEST, LINES, band, band_title, bundles, line, new_figure, over_seeds, prepare, save
 from harness.runs import CURVES, LABELS, SCORES, Run, by_start, find_runs, load_run, load_runs, strategy, title  # noqa: F401
-from lab.figures import grid_figures, jump_figure, membership_figure
+from lab.figures import FIGURES, grid_figures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -166,8 +166,8 @@ def figures(runs: Sequence[Run], folder: Path) -> Iterator[tuple[Path, Figure]]:
     def experiment(run: Run) -> Path:
         return run.folder.relative_to(folder).parent
 
-    for run in sorted((run for run in runs if run.samples), key=lambda run: run.data.startswith("phantom"))[:1]:
-        yield Path("fig2"), samples_figure(run)
+    if sampled := [run for run in runs if run.samples]:
+        yield Path("fig2"), samples_figure(min(sampled, key=lambda run: run.data.startswith("phantom")))
     for group, several in groupby(sorted(runs, key=experiment), key=experiment):
         members = sorted(several, key=by_start)
         for name, figure in grid_figures(folder / group / "table.csv"):
@@ -187,19 +187,19 @@ def figures(runs: Sequence[Run], folder: Path) -> Iterator[tuple[Path, Figure]]:
 
 def comparisons(runs: Sequence[Run]) -> Iterator[tuple[str, Figure]]:
     """The figures that compare the runs of a folder, with their names."""
-    if measured := [run for run in runs if len(run.membership)]:
-        yield "membership", membership_figure(measured)
     for name, plot in zip(CURVES, (plot_loss, plot_accuracy, plot_honest_accuracy)):
         if drawable := [run for run in runs if run.rounds[name].notna().any()]:
             figure, ax = new_figure()
             plot(ax, drawable)
             yield name, figure
-    if excluding := [run for run in runs if run.jump]:
-        yield "jump", jump_figure(excluding)
+    for name, draw in FIGURES.items():
+        if figure := draw(runs):
+            yield name, figure
 
 
 def samples_figure(run: Run) -> Figure:
     """Fig. 2: training images. They are the same in all runs on one data set."""
+    assert run.samples
     figure, axes = new_figure(columns=4, height=2.7)
     plot_samples(axes, *run.samples)
     figure.suptitle(f"Training images\n{run.data}", fontsize="medium")

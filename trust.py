@@ -7,7 +7,7 @@ Shapes: C clients, n scored clients, P parameters, t round (the first is 1).
 """
 
 from collections.abc import Callable
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from sys import float_info
 from typing import Any, get_args
@@ -24,30 +24,25 @@ Mask = NDArray[np.bool_]
 def setting(default: Any, text: str, source: str, **limits: Any) -> Any:
     """A dataclass field with its help text and the source of its default.
 
-    `limits` are `low`, `high` or `choices`. `option` and `metavar` are other names of the field and of its value on the
-    command line.
+    `limits` are `low`, `high` or `choices`, and `option` if it has another name on the command line.
     """
     return field(default=default, metadata={"help": text, "source": source, **limits})
-
-
-def named(f: Field) -> str:
-    """The name of a dataclass field in messages."""
-    return f"{f.name} (--{f.metadata['option']})" if "option" in f.metadata else f.name
 
 
 def check_limits(settings: Any) -> None:
     """Raise ValueError for the first field of the dataclass that has another type or lies outside its limits."""
     for f in fields(settings):
         value, limits = getattr(settings, f.name), f.metadata
+        name = f"{f.name} (--{limits['option']})" if "option" in limits else f.name
         kinds = get_args(f.type) or (f.type,)
         if not isinstance(value, tuple({int: Integral, float: Real}.get(kind, kind) for kind in kinds)):
-            raise ValueError(f"{named(f)} {value!r} must be of type {' or '.join(kind.__name__ for kind in kinds)}")
+            raise ValueError(f"{name} {value!r} must be of type {' or '.join(kind.__name__ for kind in kinds)}")
         if "choices" in limits and value not in limits["choices"]:
-            raise ValueError(f"{named(f)} {value!r} is unknown; known: {', '.join(map(str, limits['choices']))}")
+            raise ValueError(f"{name} {value!r} is unknown; known: {', '.join(map(str, limits['choices']))}")
         high = limits.get("high", float_info.max)
         if "low" in limits and value is not None and not limits["low"] <= value <= high:
             most = f"at most {high}" if "high" in limits else "finite"
-            raise ValueError(f"{named(f)} {value} must be at least {limits['low']} and {most}")
+            raise ValueError(f"{name} {value} must be at least {limits['low']} and {most}")
 
 
 @dataclass(frozen=True)
@@ -59,30 +54,23 @@ class Settings:
 
     clusters: int = setting(2, "K of K-means; with 1, all clients are the main cluster", "ours", choices=(1, 2))
     silhouette: float = setting(
-        0.25, "mean silhouette above which a split is real", "Kaufman and Rousseeuw 1990", low=-1, high=1
+        0.25, "a split is real above this mean silhouette", "Kaufman and Rousseeuw 1990", low=-1, high=1
     )
     outlying: float = setting(1.25, "a group is outlying beyond this many spreads", "ours, measured", low=0)
     scale_floor: float = setting(
-        2.5, "spreads at which d = 0 at least, without an outlying group; 0: min-max", "ours, measured", low=0
+        2.5, "without a group, d = 0 lies this many spreads away; 0: min-max", "ours, measured", low=0
     )
     floored: str = setting(
-        "ungrouped",
-        "the scale floor holds without an outlying group, or always",
-        "ours",
-        choices=("ungrouped", "always"),
+        "ungrouped", "the scale floor holds without a group, or always", "ours", choices=("ungrouped", "always")
     )
-    alpha: float = setting(
-        0.5, "d from which reputation rises, eq. (2)", "paper", low=0, high=1, option="alpha-reputation"
-    )
+    alpha: float = setting(0.5, "d from which R rises, eq. (2)", "paper", low=0, high=1, option="alpha-reputation")
     beta_reputation: float = setting(0.75, "smoothing of reputation, eq. (4)", "paper", low=0, high=1)
     beta_trust: float = setting(0.85, "smoothing of trust, eq. (6)", "paper", low=0, high=1)
     threshold: float = setting(0.15, "trust below which a client is excluded", "testbed", low=0, high=1)
-    equation2: str = setting(
-        "printed", "eq. (2) as printed or as in the testbed", "paper", choices=("printed", "testbed")
-    )
+    equation2: str = setting("printed", "eq. (2) as printed, or the testbed's", "paper", choices=("printed", "testbed"))
     order: str = setting("clip-smooth", "order of eqs. (3) and (4)", "paper", choices=("clip-smooth", "smooth-clip"))
     excluded: str = setting(
-        "dropped", "excluded clients leave, or still train and are scored", "paper", choices=("dropped", "observed")
+        "dropped", "excluded clients leave, or are still scored", "paper", choices=("dropped", "observed")
     )
     decision: str = setting("same", "exclude in the same round, or in the next", "ours", choices=("same", "next"))
     first: str = setting(

@@ -86,7 +86,8 @@ def add_options(group: Any, of: type) -> None:
             dest=f.name,
             type=start_round if f.name == "mad_start" else kind,
             nargs="+" if f.name == "mad_start" else None,
-            metavar=listed or about.get("metavar", {"int": "N", "float": "X", "str": "NAME"}[kind.__name__]),
+            metavar=listed
+            or {"mad_start": "ROUND", "data_root": "DIR"}.get(f.name, {int: "N", float: "X"}.get(kind, "NAME")),
             help=f"{about['help']} [{default}{about['source']}]",
         )
 

@@ -38,14 +38,7 @@ def script(name: str) -> str:
 
 
 def list_names() -> None:
-    """Print all names that options of the command line take, one per line."""
-    for option, names in known_names().items():
-        print(option)
-        print("".join(f"  {name:<17}{about}\n" for name, about in names.items()), end="")
-
-
-def known_names() -> dict[str, dict[str, str]]:
-    """By option, all names that it takes, each with one sentence."""
+    """Print all names that options of the command line take, each with one sentence."""
     from lab.attacks import ATTACKS
     from lab.experiments import EXPERIMENTS, PAPER
     from lab.partitions import PARTITIONS
@@ -60,13 +53,15 @@ def known_names() -> dict[str, dict[str, str]]:
         return f"{count} settings differ, see trust.py" if count else "MAD as the paper prints it"
 
     experiments = {name: experiment.about for name, experiment in EXPERIMENTS.items()}
-    return {
+    for option, names in {
         "--attack": {name: attack.about for name, attack in ATTACKS.items()},
         "--partition": first_lines(PARTITIONS),
         "--rule": first_lines(RULES),
         "--preset": {name: difference(preset) for name, preset in PRESETS.items()},
         "--experiment": experiments | {"paper": " and ".join(PAPER)},
-    }
+    }.items():
+        print(option)
+        print("".join(f"  {name:<17}{about}\n" for name, about in names.items()), end="")
 
 
 def introduce(runs: dict[Path, Any], dataset: Any) -> None:

@@ -105,10 +105,11 @@ class Log:
         """Create the folder of a new run."""
         if self.out:
             self.out.mkdir(parents=True)
-            about = asdict(self.config) | origin(self.members) | {"data": about_data(self.dataset)}
-            write_json(self.out / "config.json", about)
-            images, labels = samples(self.dataset)
-            np.savez(self.out / "samples.npz", images=images, labels=labels)
+            of = self.dataset
+            about_data = {"name": of.name, "md5": of.md5, "note": of.note}
+            write_json(self.out / "config.json", asdict(self.config) | origin(self.members) | {"data": about_data})
+            four = np.concatenate([np.flatnonzero(of.train_labels == label)[:2] for label in (0, 1)])  # for Fig. 2
+            np.savez(self.out / "samples.npz", images=of.train_images[four], labels=of.train_labels[four])
         for table in self.tables:
             table.create()
 
@@ -159,8 +160,7 @@ class Log:
             received = self.last[0]  # the model that the clients received in this round
             self.membership.append([[t, *map(rounded, self.inference(received, t).values())]])
         if self.plane:
-            points = self._points(t, W, scores, self.plane.last_rows()[:, 2:])
-            self.plane.append([[t, client, rounded(x), rounded(y)] for client, (x, y) in enumerate(points)])
+            self.plane.append(self._points(t, W, scores, self.plane.last_rows()[:, 2:]))
         self.kept += [t] * scores.kept
         now = time.perf_counter()
         self.seconds.append(now - self.lap)
@@ -181,12 +181,12 @@ class Log:
             hint = "if other programs are busy, stop (Ctrl-C) and continue with --threads 1"
             self.bar.write(f"A round takes {length:.1f} s, which is slow: {hint}", file=sys.stderr)
 
-    def _points(self, t: int, W: np.ndarray, scores: State, before: np.ndarray) -> np.ndarray:
-        """The submissions W [C, P] as points [C, 2] of the `plane`, turned towards those of the round `before`."""
+    def _points(self, t: int, W: np.ndarray, scores: State, before: np.ndarray) -> list[list]:
+        """The rows of plane.csv: the submissions W [C, P] as points of the `plane`. `before` are the last points."""
         scored, points = np.isfinite(scores.distance), np.full((len(W), 2), np.nan)
         before = before if t > 1 else points
         points[scored] = plane(W[scored], self.last[1].spread, self.config.settings, before[scored])
-        return points
+        return [[t, client, rounded(x), rounded(y)] for client, (x, y) in enumerate(points)]
 
     def last_marks(self) -> np.ndarray:
         """The marks of all tables, int [tables, 2]; see `Table`."""
@@ -379,16 +379,6 @@ def origin(members: Any) -> dict[str, Any]:
         "versions": {"python": sys.version.split()[0]} | {package: version(package) for package in packages},
         "machine": {"device": str(members.device), "threads": members.threads},
     }
-
-
-def about_data(dataset: Any) -> dict[str, str]:
-    return {key: getattr(dataset, key) for key in ("name", "md5", "note")}
-
-
-def samples(dataset: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Two normal and two pneumonia training images (Fig. 2), and their labels."""
-    chosen = np.concatenate([np.flatnonzero(dataset.train_labels == label)[:2] for label in (0, 1)])
-    return dataset.train_images[chosen], dataset.train_labels[chosen]
 
 
 def summarise(rounds: Any, clients: Any, membership: Any = None, *, mad_start: int | None) -> dict[str, Any]:

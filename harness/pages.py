@@ -138,19 +138,15 @@ def runs_table(runs: Sequence[Run], folder: Path) -> str:
     rows = []
     for run in sorted(runs, key=lambda run: (run.folder.parent, by_start(run))):
         last = run.rounds[list(CURVES)].tail(10).mean()
+        attack = f"{run.config.get('attack')}, {run.config.get('malicious')} of the clients"
         rows.append(
             {
                 "run": str(run.folder.relative_to(folder)), "data": run.data, "strategy": strategy(run),
-                "rounds": run.length.removesuffix(" rounds"), "seed": run.config.get("seed"), "attack": attack_of(run),
-                "excluded": exclusions(run),
+                "rounds": run.length.removesuffix(" rounds"), "seed": run.config.get("seed"),
+                "attack": attack if run.attacked else "none", "excluded": exclusions(run),
             } | {f"{name.replace('_', ' ')}, last 10 rounds": value for name, value in last.items()}
         )  # fmt: skip
     return pd.DataFrame(rows).to_html(index=False, border=0, float_format="{:.3f}".format, na_rep="")
-
-
-def attack_of(run: Run) -> str:
-    """'label_flip, 0.2 of the clients', or 'none'."""
-    return f"{run.config.get('attack')}, {run.config.get('malicious')} of the clients" if run.attacked else "none"
 
 
 def exclusions(run: Run) -> str:

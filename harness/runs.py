@@ -115,7 +115,7 @@ def load_runs(folder: Path) -> list[Run]:
         try:
             run = load_run(path)
         except (ValueError, OSError) as error:
-            print(f"{path}: not drawn, {error}", file=sys.stderr)
+            print(f"{path}: not drawn, {str(error).removeprefix(f'{path}/')}", file=sys.stderr)
             continue
         runs.append(run)
         if lacking := shortcomings(run):

@@ -1,12 +1,13 @@
-"""Figures of what goes beyond the paper: the jump at an exclusion, membership inference, heat maps of experiments.
+"""Figures beyond the paper: the jump at an exclusion, membership inference, heat maps of experiments.
 
-The plot functions take matplotlib Axes, as those of plot.py do.
+The plot functions take matplotlib Axes, as those of plot.py do. To add a figure that compares the runs of a folder,
+write a function and add an entry to `FIGURES`.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,8 +49,11 @@ def plot_jump(ax: Axes, runs: Sequence[Run], name: str) -> None:
     ax.invert_yaxis()
 
 
-def jump_figure(runs: Sequence[Run]) -> Figure:
+def jump_figure(runs: Sequence[Run]) -> Figure | None:
     """The two parts of the change at the first exclusion: of the loss above, of the accuracy below."""
+    runs = [run for run in runs if run.jump]
+    if not runs:
+        return None
     rows = bundles(runs)
     figure, axes = new_figure(rows=2, height=2.4 + 0.8 * len(rows), sharex=False)
     for ax, name in zip(axes, ("loss", "accuracy")):
@@ -98,8 +102,11 @@ def held_by_attackers(members: Sequence[Run], column: str) -> Any:
     return pd.concat(each, axis=1, join="inner", ignore_index=True)
 
 
-def membership_figure(runs: Sequence[Run]) -> Figure:
+def membership_figure(runs: Sequence[Run]) -> Figure | None:
     """The membership advantage against test images above, against validation images below."""
+    runs = [run for run in runs if len(run.membership)]
+    if not runs:
+        return None
     figure, axes = new_figure(rows=2, height=8)
     for ax, others in zip(axes, OTHERS):
         plot_membership(ax, runs, others)
@@ -107,6 +114,13 @@ def membership_figure(runs: Sequence[Run]) -> Figure:
     heading = title("Membership advantage that the attackers' last received model gives", runs)
     figure.suptitle(heading, fontsize="medium", x=0.02, ha="left")
     return figure
+
+
+# name -> figure(runs of one folder) -> Figure, or None if the runs have nothing to show
+FIGURES: dict[str, Callable[[Sequence[Run]], Figure | None]] = {
+    "jump": jump_figure,
+    "membership": membership_figure,
+}
 
 
 def plot_grid(ax: Axes, table: Any, values: str, texts: Any) -> None:

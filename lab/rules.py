@@ -1,8 +1,8 @@
 """The aggregation rules that MAD is compared with. To add one, write a function and add an entry to `RULES`.
 
 A rule is a function `rule(W [n, P], weights [n], f) -> w [P]`. W holds the models of the n active clients and `weights`
-their numbers of training images. `f` is the number of malicious clients that the rule should withstand. The first line
-of its docstring is what `--list` prints.
+their numbers of training images. `f` is the number of malicious clients that the rule should withstand. Not every rule
+uses `weights` or `f`. The first line of its docstring is what `--list` prints.
 
 Shapes: n clients, P parameters.
 """
@@ -28,36 +28,24 @@ def on_changes(rule: Rule) -> Rule:
 
 
 def median(W: Array, weights: Array, f: int) -> Array:
-    """Coordinate-wise median (Yin et al. 2018).
-
-    It uses neither the weights nor f.
-    """
+    """Coordinate-wise median (Yin et al. 2018)."""
     return np.median(W, axis=0)
 
 
 def trimmed_mean(W: Array, weights: Array, f: int) -> Array:
-    """Mean without the f lowest and f highest values (Yin et al. 2018).
-
-    It works on each coordinate alone and does not use the weights.
-    """
+    """Mean without the f extremes at each end (Yin et al. 2018)."""
     need("trimmed_mean", len(W), f)
     return np.sort(W, axis=0)[f : len(W) - f].mean(0)
 
 
 def krum(W: Array, weights: Array, f: int) -> Array:
-    """Krum: the model with the lowest score (Blanchard et al. 2017).
-
-    Of equal scores the first wins. It does not use the weights.
-    """
+    """Krum: the model with the lowest score (Blanchard et al. 2017)."""
     need("krum", len(W), f)
     return W[krum_scores(W, f).argmin()]
 
 
 def multi_krum(W: Array, weights: Array, f: int) -> Array:
-    """Multi-Krum: mean of the n - f best models (Blanchard et al. 2017).
-
-    The best are those with the lowest scores. It does not use the weights.
-    """
+    """Multi-Krum: mean of the n - f best (Blanchard et al. 2017)."""
     need("multi_krum", len(W), f)
     return W[krum_scores(W, f).argsort(kind="stable")[: len(W) - f]].mean(0)
 
@@ -73,7 +61,7 @@ def geometric_median(W: Array, weights: Array, f: int) -> Array:
     """Point with the least sum of distances (Pillutla et al. 2019).
 
     The sum is weighted. Smoothed Weiszfeld steps find the point. It is a weighted mean of the rows, so the steps are
-    taken in the n coefficients of that mean. f is not used.
+    taken in the n coefficients of that mean.
     """
     W = W.astype(np.float64)
     spread = np.sqrt(np.median(squared_distances(W), axis=1))
@@ -95,7 +83,7 @@ def geometric_median(W: Array, weights: Array, f: int) -> Array:
 def norm_clipping(U: Array, weights: Array, f: int) -> Array:
     """Mean of the changes, long ones clipped (Sun et al. 2019).
 
-    Changes U [n, P] are clipped to their median length. That is ours: the paper uses a constant. f is not used.
+    Changes U [n, P] are clipped to their median length. That is ours: the paper uses a constant.
     """
     lengths = np.linalg.norm(U, axis=1)
     factors = np.minimum(1, np.median(lengths) / np.where(lengths > 0, lengths, 1))
@@ -107,7 +95,7 @@ def lfighter(U: Array, weights: Array, f: int) -> Array:
     """LFighter: clusters the last layers (Jebreel et al. 2023).
 
     This is the method for two classes. It splits the changes U [n, P] of the last layer into two clusters and averages
-    the good one: the larger cluster whose members differ more, because attackers resemble one another. f is not used.
+    the good one: the larger cluster whose members differ more, because attackers resemble one another.
     """
     last = U[:, LAST_LAYER]
     squared = squared_distances(last)

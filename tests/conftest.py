@@ -10,12 +10,23 @@ from pathlib import Path
 import pytest
 
 import data
-from bench import experiments
-from madsim import main
+from harness.cli import main
+from lab import experiments
 
+FULL = False  # whether the slow tests run too
 HERE = Path(__file__).resolve().parents[1]
 # A shell's background job ignores Ctrl-C, and so would what the tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config):
+    global FULL
+    FULL = config.option.markexpr != "not slow"
+
+
+def examples(count: int) -> int:
+    """The number of random examples of a property: `count` in the full suite, a tenth in the quick one."""
+    return count if FULL else count // 10
 
 
 @pytest.fixture(scope="session")

@@ -154,7 +154,7 @@ def test_a_pickled_object_is_never_loaded(tmp_path, monkeypatch):
 @pytest.mark.parametrize("dataset", ["auto", "pneumoniamnist"])
 def test_a_damaged_file_is_refused_by_auto_too(dataset, tmp_path):
     (tmp_path / data.FILE).write_text("this is no npz")
-    with pytest.raises(ValueError, match=r"has MD5 .* delete the file to download it afresh"):
+    with pytest.raises(ValueError, match=r"has MD5 .* delete the file to download it again"):
         data.load(dataset, tmp_path)
 
 
@@ -218,60 +218,3 @@ def test_the_command_refuses_a_folder_that_exists(tmp_path, capsys):
         data.main(["--png", str(tmp_path), "--dataset", "phantom"])
     assert stop.value.code == 2
     assert capsys.readouterr().err == f"data.py: {tmp_path} exists; name a new folder\n"
-
-
-# ---------------------------------------------------------------- other partitions and attacks on labels
-
-
-@given(st.integers(1, 12), st.floats(1e-3, 100), st.integers(0, 10**6), st.sampled_from(["dirichlet", "quantity"]))
-def test_the_other_partitions_deal_everything_once_and_leave_nobody_empty(clients, alpha, seed, partition):
-    rng, labels = np.random.default_rng(seed), np.arange(60) % 3 // 2
-    parts = (
-        data.partition_dirichlet(labels, clients, alpha, rng)
-        if partition == "dirichlet"
-        else data.partition_quantity(60, clients, alpha, rng)
-    )
-    assert len(parts) == clients and min(map(len, parts)) >= 2
-    assert sorted(np.concatenate(parts)) == list(range(60))
-
-
-def test_what_the_partitions_make_unequal():
-    """By labels the shares of pneumonia differ, by quantity the sizes alone; with a large alpha neither."""
-    labels = (np.arange(4000) % 4 > 0).astype(int)  # three quarters
-
-    def spreads(parts):
-        shares = [labels[part].mean() for part in parts if len(part) > 50]
-        return np.std(shares), np.std([len(part) for part in parts]) / 400
-
-    rng = np.random.default_rng(0)
-    by_label, by_size, nearly_iid = (
-        spreads(parts)
-        for parts in (
-            data.partition_dirichlet(labels, 10, 0.5, rng),
-            data.partition_quantity(4000, 10, 0.5, rng),
-            data.partition_dirichlet(labels, 10, 10_000, rng),
-        )
-    )
-    assert by_label[0] > 0.1 and by_label[1] > 0.3
-    assert by_size[0] < 0.06 and by_size[1] > 0.3
-    assert nearly_iid[0] < 0.05 and nearly_iid[1] < 0.05
-
-
-def test_the_partition_is_the_seeds_and_leaves_the_default_alone(small):
-    labels = small.train_labels
-    shares = {
-        name: [share.train.tolist() for share in data.share_out(labels, 5, 0.2, 3, partition=name)[0]]
-        for name in data.PARTITIONS
-    }
-    assert shares["iid"] == [share.train.tolist() for share in data.share_out(labels, 5, 0.2, 3)[0]]
-    again = [share.train.tolist() for share in data.share_out(labels, 5, 0.2, 3, partition="dirichlet")[0]]
-    assert again == shares["dirichlet"] != shares["quantity"] != shares["iid"]
-
-
-def test_one_way_flips_call_pneumonia_normal_and_never_the_other_way():
-    labels = np.array([0, 1, 1, 0, 1, 1])
-    rng = np.random.default_rng(0)
-    assert data.flip_one_way(labels, 1.0, rng).tolist() == [0] * 6
-    half = data.flip_one_way(labels, 0.5, rng)
-    assert half.sum() == 2 and (half <= labels).all() and labels.tolist() == [0, 1, 1, 0, 1, 1]
-    assert (data.flip_one_way(labels, 0.0, rng) == labels).all()

@@ -1,4 +1,4 @@
-"""bench/experiments.py, bench/several.py: grids of runs, their tables, clusters."""
+"""lab/experiments.py, harness/jobs.py: grids of runs, their tables, clusters."""
 
 import json
 import os
@@ -11,18 +11,19 @@ import pandas as pd
 import pytest
 from conftest import HERE, command, refusal
 
-import data
-import madsim
-import model
-from bench import experiments, several
-from bench.experiments import EXPERIMENTS, over_seeds
-from bench.terminal import report_seeds
-from madsim import Config, main, run_name
-from trust import PRESETS, RULES
+from harness import cli, jobs
+from harness.cli import main
+from harness.console import report_seeds
+from lab import experiments
+from lab.attacks import ATTACKS
+from lab.experiments import EXPERIMENTS, over_seeds
+from lab.rules import RULES
+from madsim import Config
+from trust import PRESETS
 
 
 def cells(name: str, **given) -> dict[tuple[str, str], Config]:
-    [found] = madsim.plan_experiments({"experiment": name} | given).values()
+    [found] = cli.plan_experiments({"experiment": name} | given).values()
     return found
 
 
@@ -39,7 +40,7 @@ def test_experiments_are_the_papers():
 def test_every_cell_is_a_run_of_its_own(name):
     grid = cells(name)
     rows, columns = EXPERIMENTS[name].rows, EXPERIMENTS[name].columns
-    assert len({run_name(config) for config in grid.values()}) == len(grid) == len(rows) * len(columns)
+    assert len({config.name for config in grid.values()}) == len(grid) == len(rows) * len(columns)
 
 
 def test_cells_are_what_their_names_say():
@@ -50,8 +51,7 @@ def test_cells_are_what_their_names_say():
     assert {name for name, _ in defences} == {"mean, never", "mean, MAD from 5"} | RULES.keys() - {"mean"}
     assert defences["krum", "alie"] == Config(rounds=40, rule="krum", attack="alie")
     assert defences["mean, MAD from 5", "no attack"] == Config(rounds=40, mad_start=5, malicious=0.0)
-    known = data.ATTACKS.keys() | model.ATTACKS.keys() | model.OMNISCIENT.keys()
-    assert {c.attack for c in attacks.values()} == known - {"nan"} == {c.attack for c in defences.values()}
+    assert {c.attack for c in attacks.values()} == ATTACKS.keys() - {"nan"} == {c.attack for c in defences.values()}
     late, on_off = (
         attacks["label_flip from round 30", "never"],
         attacks["label_flip, 5 rounds on, 5 off", "MAD from 10"],
@@ -114,7 +114,7 @@ def test_an_experiment_writes_its_tables(quick, grid, tmp_path, capsys):
     ]
     for _, run in runs.iterrows():
         config = Config(rounds=4, mad_start=2, clients=4, malicious=run.malicious, dataset="phantom", seed=run.seed)
-        folder = tmp_path / "grid" / run_name(config)
+        folder = tmp_path / "grid" / config.name
         rounds, summary = pd.read_csv(folder / "rounds.csv"), json.loads((folder / "summary.json").read_text())
         assert run.honest_accuracy == pytest.approx(rounds.honest_accuracy.mean(), rel=1e-5)
         assert run.fluctuation == pytest.approx(rounds.honest_accuracy.diff().std(), rel=1e-5)
@@ -152,7 +152,8 @@ with LocalCluster(n_workers=2, threads_per_worker=int(sys.argv[1]), dashboard_ad
 
 @pytest.fixture
 def cluster(request):
-    """The address of a Dask scheduler with two worker processes, of so many threads each, that know our modules."""
+    """The address of a Dask scheduler with two worker processes that have `request.param` threads each."""
+    pytest.importorskip("distributed")
     words = [sys.executable, "-c", CLUSTER, str(request.param)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     process = subprocess.Popen(words, env=os.environ | {"PYTHONPATH": str(HERE)}, **pipes)
@@ -161,7 +162,7 @@ def cluster(request):
     assert process.returncode == 0
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 @pytest.mark.parametrize("cluster", [1], indirect=True)
 def test_a_cluster_gives_the_same_bytes_as_this_machine(cluster, tmp_path):
     words = "--experiment fig3c --rounds 3 --seeds 2 --clients 4 --malicious 0.25 --dataset phantom"
@@ -179,7 +180,7 @@ def test_a_cluster_gives_the_same_bytes_as_this_machine(cluster, tmp_path):
     assert about["command"][:-1] == ["madsim.py", *words, *how, "--out"]  # not the worker's own
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 @pytest.mark.parametrize("cluster", [2], indirect=True)
 def test_workers_with_several_threads_are_refused(cluster, tmp_path, capsys):
     """PyTorch's threads and random state are a process's, not a thread's."""
@@ -190,16 +191,17 @@ def test_workers_with_several_threads_are_refused(cluster, tmp_path, capsys):
 
 def test_a_cluster_that_can_not_be_had_is_one_line(tmp_path, capsys, monkeypatch):
     words = ["--rounds", "2", "--dataset", "phantom", "--out", tmp_path]
-    assert "--scheduler goes with --backend dask" in refusal(capsys, *words, "--scheduler", "tcp://localhost:1")
+    assert "--scheduler needs --backend dask" in refusal(capsys, *words, "--scheduler", "tcp://localhost:1")
     assert "--backend dask needs --scheduler ADDRESS" in refusal(capsys, *words, "--backend", "dask")
     monkeypatch.setitem(sys.modules, "distributed", None)
     words += ["--backend", "dask", "--scheduler", "tcp://localhost:1"]
     assert "pip install distributed" in refusal(capsys, *words)
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_a_scheduler_that_does_not_answer_is_one_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(several, "CONNECT_SECONDS", 0.5)
+    pytest.importorskip("distributed")
+    monkeypatch.setattr(jobs, "CONNECT_SECONDS", 0.5)
     words = ["--rounds", "2", "--dataset", "phantom", "--out", tmp_path, "--backend", "dask"]
     assert "tcp://127.0.0.1:1" in refusal(capsys, *words, "--scheduler", "tcp://127.0.0.1:1")
 
@@ -211,12 +213,12 @@ def test_an_experiment_sets_its_own_options(capsys, tmp_path):
 
 def test_what_an_experiment_asks_for_twice_is_run_once():
     """In 20 rounds MAD from 2 and from 10 of 1000 are both MAD from 1."""
-    assert len(madsim.plan({"experiment": "fig3c", "rounds": 20})) == 2
-    assert len(madsim.plan({"experiment": "fig3c", "rounds": 1})) == 1
+    assert len(cli.plan({"experiment": "fig3c", "rounds": 20})) == 2
+    assert len(cli.plan({"experiment": "fig3c", "rounds": 1})) == 1
 
 
 def test_each_experiment_has_a_folder_of_its_own(tmp_path):
-    args = madsim.make_parser().parse_args(["--experiment", "paper", "--out", str(tmp_path)])
-    folders = [*madsim.plan(vars(args))]
+    args = cli.make_parser().parse_args(["--experiment", "paper", "--out", str(tmp_path)])
+    folders = [*cli.plan(vars(args))]
     assert [f.parent.name for f in folders] == ["fig3a"] * 7 + ["fig3c"] * 2
     assert len(set(folders)) == 9

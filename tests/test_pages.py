@@ -1,4 +1,4 @@
-"""bench/pages.py: the page that plays a run, in a browser too, and the one that reports runs."""
+"""harness/pages.py: the page that plays a run, in a browser too, and the one that reports runs."""
 
 import html
 import json
@@ -13,7 +13,7 @@ import pytest
 from test_plot import CLIENT_ROWS, HONEST_ACCURACY, LOSS, ROUND_COLUMNS, make_run, write_csv
 
 import plot
-from bench import pages
+from harness import pages
 
 # ---------------------------------------------------------------- the page that plays a run
 
@@ -58,6 +58,7 @@ def test_a_long_run_is_thinned_but_for_its_exclusions():
     assert pages.frames(rounds[:1000], 10, pandas.Series([500])) == rounds[:1000]
 
 
+@pytest.mark.slow
 def test_a_page_of_1000_rounds_is_below_3_mb(tmp_path):
     rng = np.random.default_rng(0)
     rows = [(t, c, int(c < 2), 1, *rng.random(2).round(6)) for t in range(1, 1001) for c in range(100)]
@@ -151,7 +152,7 @@ def test_pages_that_play_and_a_report_are_asked_for_one_after_the_other(tmp_path
     make_run(tmp_path / "a")
     with pytest.raises(SystemExit) as stop:
         plot.main([str(tmp_path), "--play", "--report"])
-    assert stop.value.code == 2 and "ask for one after the other\n" in capsys.readouterr().err
+    assert stop.value.code == 2 and "use one after the other\n" in capsys.readouterr().err
     assert not (tmp_path / "figures").exists()
 
 

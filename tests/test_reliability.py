@@ -15,13 +15,13 @@ import zipfile
 import zlib
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import HERE, command, refusal
+from conftest import HERE, command, examples, refusal
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -29,9 +29,11 @@ import data
 import madsim
 import model
 import trust
-from bench import record
-from madsim import Config, main, read_config, simulate
-from trust import PRESETS, aggregate, initial_state, mad_step
+from harness import cli, log
+from harness.cli import main
+from lab.attacks import ATTACKS, Attack
+from madsim import Config, simulate
+from trust import PRESETS, Settings, aggregate, initial_state, mad_step
 
 CSV = ("rounds.csv", "clients.csv", "plane.csv")
 
@@ -94,7 +96,7 @@ def stopped(stopped_and_whole, tmp_path) -> tuple[Path, Path]:
 
 
 def resume(folder: Path, dataset: data.Dataset) -> madsim.Result:
-    return simulate(read_config(folder), folder, dataset=dataset, resume=True)
+    return simulate(Config.read(folder), folder, dataset=dataset, resume=True)
 
 
 # ---------------------------------------------------------------- killed
@@ -105,7 +107,9 @@ KILLED = """
 import json, os, signal, sys, threading
 import numpy as np
 import data, madsim
-from bench import record
+from harness import cli, log
+from harness.cli import main
+from lab.attacks import ATTACKS, Attack
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -126,9 +130,9 @@ def half_a_row(write, table, rows):
 
 def prepare(moment, count):
     if moment == "half a row":
-        on_call(record.Table, "_write", count, half_a_row)
+        on_call(log.Table, "_write", count, half_a_row)
     elif moment == "between two rows":
-        on_call(record.Table, "append", count, lambda append, *args: (append(*args), die()))
+        on_call(log.Table, "append", count, lambda append, *args: (append(*args), die()))
     elif moment == "checkpoint unfinished":
         on_call(os, "fsync", count, lambda fsync, number: die())
     elif moment == "before the checkpoint's name":
@@ -139,7 +143,7 @@ def prepare(moment, count):
         threading.Timer(float(moment), die).start()
 
 arrays, folder, moments, run = *sys.argv[1:3], *map(json.loads, sys.argv[3:])
-record.CHECKPOINT_SECONDS = 0.03
+log.CHECKPOINT_SECONDS = 0.03
 with np.load(arrays) as found:
     dataset = data.Dataset(*(found[name] for name in ("a", "b", "c", "d")), name="tiny", md5="none")
 madsim.simulate(madsim.Config(rounds=3, attack="nan", attack_start=2), dataset=dataset)  # with all, and without two
@@ -158,6 +162,7 @@ MOMENTS = [  # and the how manieth of its kind; a checkpoint syncs four files, c
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_loses_nothing_for_good(tiny, tmp_path):
     """SIGKILL while a row or a checkpoint is written and at random moments: the run that goes on gives the bytes of
     the run that was never killed. Two clients submit NaN from round 5 on, so that most go on without them."""
@@ -198,7 +203,7 @@ def test_rows_beyond_the_checkpoint_and_a_torn_last_one_are_dropped(stopped, tin
 
 def test_a_resumed_run_gives_the_result_of_the_whole_one(stopped, tiny, tmp_path):
     folder, _ = stopped
-    resumed, whole = resume(folder, tiny), simulate(read_config(folder), dataset=tiny)
+    resumed, whole = resume(folder, tiny), simulate(Config.read(folder), dataset=tiny)
     for name in ("rounds", "clients"):
         assert getattr(resumed, name).equals(getattr(whole, name))
         assert (getattr(resumed, name).dtypes == getattr(whole, name).dtypes).all()
@@ -208,8 +213,8 @@ def test_a_resumed_run_gives_the_result_of_the_whole_one(stopped, tiny, tmp_path
         for result in (resumed, whole)
     ]
     assert timeless[0] == timeless[1]
-    (record,) = json.loads((folder / "config.json").read_text())["resumed"]
-    assert record["after_round"] == 3 and set(record) == {"after_round", "command", "git", "versions", "machine"}
+    (part,) = json.loads((folder / "config.json").read_text())["resumed"]
+    assert part["after_round"] == 3 and set(part) == {"after_round", "command", "git", "versions", "machine"}
 
 
 def test_a_complete_run_is_left_as_it_is(stopped, tiny):
@@ -223,9 +228,9 @@ def test_a_complete_run_is_left_as_it_is(stopped, tiny):
 @pytest.mark.parametrize(("seconds", "expected"), [(0, 7), (1e9, 2)])
 def test_checkpoints_come_by_the_clock(seconds, expected, tiny, tmp_path, monkeypatch):
     """Before the first round, after every round that ends so long after the last one, and at the end."""
-    saved, save = [], record.Log.save
-    monkeypatch.setattr(record, "CHECKPOINT_SECONDS", seconds)
-    monkeypatch.setattr(record.Log, "save", lambda log: saved.append(save(log)))
+    saved, save = [], log.Log.save
+    monkeypatch.setattr(log, "CHECKPOINT_SECONDS", seconds)
+    monkeypatch.setattr(log.Log, "save", lambda log: saved.append(save(log)))
     simulate(Config(rounds=5), tmp_path / "run", dataset=tiny)
     assert len(saved) == expected
 
@@ -237,11 +242,12 @@ def test_checkpoints_come_by_the_clock(seconds, expected, tiny, tmp_path, monkey
 def phantom_run(phantom, tmp_path_factory) -> Path:
     """The folder of a run of 9 rounds on the phantom, MAD from round 4."""
     config = Config(rounds=9, mad_start=4, dataset="phantom")
-    folder = tmp_path_factory.mktemp("whole") / madsim.run_name(config)
+    folder = tmp_path_factory.mktemp("whole") / config.name
     simulate(config, folder, dataset=phantom)
     return folder
 
 
+@pytest.mark.slow
 def test_a_signal_leaves_a_folder_that_can_be_resumed_and_says_how(phantom_run, tmp_path, capsys):
     """SIGINT, and SIGTERM in a process beside it."""
     words = ["--rounds", "9", "--mad-start", "4", "--dataset", "phantom", "--threads", "1"]
@@ -258,7 +264,7 @@ def test_a_signal_leaves_a_folder_that_can_be_resumed_and_says_how(phantom_run, 
         written = (folder / CSV[0]).read_bytes().count(b"\n") - 1
         assert process.returncode == 130 and "Traceback" not in err
         assert json.loads((folder / "summary.json").read_text())["complete"] is False
-        assert f"Stopped      after round {written} of 9; go on with: python madsim.py --resume {folder}\n" in out
+        assert f"Stopped      after round {written} of 9; continue with: python madsim.py --resume {folder}\n" in out
         assert main(["--resume", str(folder)]) == 0
         assert "(attacker) in round 4" in capsys.readouterr().out
         assert csv_bytes(folder) == csv_bytes(phantom_run)
@@ -270,7 +276,7 @@ def test_a_run_stopped_before_its_first_round_ends_can_be_resumed(tiny, quick, t
     with monkeypatch.context() as patch:
         stop_in(patch, 1, interrupt)
         assert main(words) == 130
-    assert f"before the first round ended; go on with: python madsim.py --resume {folder}" in capsys.readouterr().out
+    assert f"before the first round ended; continue with: python madsim.py --resume {folder}" in capsys.readouterr().out
     assert main(["--resume", str(folder)]) == 0
     assert (folder / CSV[0]).read_bytes().count(b"\n") == 4
 
@@ -300,7 +306,7 @@ def test_an_interruption_ends_all_of_several_runs_in_one_process_and_they_go_on(
         stop_in(patch, 2, interrupt)
         assert main(words) == 130
     (cut,) = tmp_path.iterdir()  # the second was not begun
-    assert capsys.readouterr().err == "\nmadsim: stopped; the same command goes on\n"
+    assert capsys.readouterr().err == "\nmadsim: stopped; the same command continues\n"
     assert main(words) == 0
     assert {path.name for path in tmp_path.iterdir()} > {cut.name}
     for path in tmp_path.iterdir():
@@ -311,7 +317,7 @@ def test_an_interruption_ends_all_of_several_runs_in_one_process_and_they_go_on(
     with monkeypatch.context() as patch:
         stop_in(patch, 2, interrupt)
         assert main([*words, "--overwrite"]) == 130
-    assert "stopped; the same command without --overwrite goes on\n" in capsys.readouterr().err
+    assert "stopped; the same command without --overwrite continues\n" in capsys.readouterr().err
 
 
 def test_an_experiment_goes_on_where_it_stopped(grid, tmp_path, capsys, monkeypatch):
@@ -323,7 +329,7 @@ def test_an_experiment_goes_on_where_it_stopped(grid, tmp_path, capsys, monkeypa
     with monkeypatch.context() as patch:
         stop_in(patch, 3, interrupt)
         assert main([*grid, "--out", str(tmp_path / "cut")]) == 130
-    assert "madsim: stopped; the same command goes on\n" in capsys.readouterr().err
+    assert "madsim: stopped; the same command continues\n" in capsys.readouterr().err
     (last,) = {path.name for path in (tmp_path / "whole" / "grid").iterdir()} - {
         path.name for path in (tmp_path / "cut" / "grid").iterdir()
     }
@@ -351,7 +357,7 @@ def test_an_experiment_does_not_take_other_runs_for_its_own(grid, tmp_path, caps
     assert "was begun with data's MD5 None, not" in refusal(capsys, *grid, "--out", tmp_path)
     (folder / "config.json").write_text(json.dumps(about))
     (folder / "summary.json").write_text('{"complete": true}')
-    assert f"{folder}: its files are not as a run leaves them" in refusal(capsys, *grid, "--out", tmp_path)
+    assert f"{folder}: its files are not those of a run" in refusal(capsys, *grid, "--out", tmp_path)
     for path in folder.iterdir():
         path.unlink()
     (folder / "mine.txt").touch()
@@ -397,9 +403,9 @@ def test_a_killed_process_of_several_is_one_line(stopped, quick, capsys, monkeyp
     def broken(*_):
         raise BrokenProcessPool("a long\nexplanation")
 
-    monkeypatch.setattr(madsim, "simulate_all", broken)
+    monkeypatch.setattr(cli, "simulate_all", broken)
     assert refusal(capsys, "--resume", folder) == (
-        f"madsim: a run's process was killed; go on with: python madsim.py --resume {folder}\n"
+        f"madsim: the process of a run was killed; continue with: python madsim.py --resume {folder}\n"
     )
 
 
@@ -409,7 +415,7 @@ def check_it_ended_in_one_line_and_goes_on(folder, whole, run, repair, reason, c
         run()
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1
-    assert reason in err and f"; go on with: python madsim.py --resume {folder}\n" in err
+    assert reason in err and f"; continue with: python madsim.py --resume {folder}\n" in err
     with np.load(folder / "checkpoint.npz", allow_pickle=False) as checkpoint:  # intact
         assert checkpoint["round"] > 0
     assert csv_bytes(folder)[0].startswith(csv_bytes(whole)[0][:200])
@@ -425,14 +431,15 @@ LONG = ["--rounds", "50", "--clients", "48", "--dataset", "phantom"]
 def long_run(tiny, tmp_path_factory) -> Path:
     """The folder of a run whose clients.csv outgrows its checkpoint."""
     config = Config(rounds=50, clients=48, dataset="phantom")
-    folder = tmp_path_factory.mktemp("long") / madsim.run_name(config)
+    folder = tmp_path_factory.mktemp("long") / config.name
     simulate(config, folder, dataset=tiny)
     assert (folder / "clients.csv").stat().st_size > 130_000 > (folder / "checkpoint.npz").stat().st_size
     return folder
 
 
+@pytest.mark.slow
 def test_a_file_that_may_not_grow_ends_in_one_line(long_run, quick, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(record, "CHECKPOINT_SECONDS", 0.1)
+    monkeypatch.setattr(log, "CHECKPOINT_SECONDS", 0.1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def run():
@@ -462,8 +469,9 @@ def disk(tmp_path):
     subprocess.run(["umount", place], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_in_one_line(long_run, quick, disk, capsys, monkeypatch):
-    monkeypatch.setattr(record, "CHECKPOINT_SECONDS", 0.1)
+    monkeypatch.setattr(log, "CHECKPOINT_SECONDS", 0.1)
     check_it_ended_in_one_line_and_goes_on(
         disk / long_run.name, long_run, lambda: main([*LONG, "--out", str(disk)]),
         lambda: mount("-o", "remount,size=10m", disk), "No space left on device", capsys,
@@ -473,7 +481,7 @@ def test_a_full_disk_ends_in_one_line(long_run, quick, disk, capsys, monkeypatch
 def test_a_folder_that_turns_read_only_ends_in_one_line(quick, tmp_path, capsys, monkeypatch):
     """In round 4: the files that are open could still be written, a checkpoint can't be."""
     words, name = ["--rounds", "6", "--dataset", "phantom"], "nomad-rounds6-phantom-s0"
-    monkeypatch.setattr(record, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(log, "CHECKPOINT_SECONDS", 0)
     assert main([*words, "--out", str(tmp_path / "whole")]) == 0
     capsys.readouterr()
     folder = tmp_path / "cut" / name
@@ -534,7 +542,7 @@ SUBMISSIONS = {
 @pytest.mark.parametrize("name", SUBMISSIONS)
 def test_no_submission_gets_in_or_costs_an_honest_client_its_place(name, phantom, monkeypatch):
     """Four of ten submit it from the first round on; every round ends, the scores hold, the four are out."""
-    monkeypatch.setitem(model.ATTACKS, name, SUBMISSIONS[name])
+    monkeypatch.setitem(ATTACKS, name, Attack("", submit=SUBMISSIONS[name]))
     run = simulate(Config(rounds=6, mad_start=1, malicious=0.4, attack=name), dataset=half(phantom))
     assert run.rounds["round"].tolist() == [1, 2, 3, 4, 5, 6]
     assert np.isfinite(run.weights).all() and np.isfinite(run.rounds.to_numpy(float)).all()
@@ -557,7 +565,7 @@ def half(phantom: data.Dataset) -> data.Dataset:
 @pytest.mark.parametrize("name", ["1e30", "noise"])
 def test_without_mad_such_a_submission_ruins_the_model(name, phantom, monkeypatch):
     """The negative control: the same submissions, averaged."""
-    monkeypatch.setitem(model.ATTACKS, name, SUBMISSIONS[name])
+    monkeypatch.setitem(ATTACKS, name, Attack("", submit=SUBMISSIONS[name]))
     config = Config(rounds=4, malicious=0.4, attack=name)
     try:
         attacked = simulate(config, dataset=half(phantom)).rounds.test_loss.iloc[-1]
@@ -586,7 +594,7 @@ def test_copies_of_an_honest_model_cost_nobody_its_place(malicious, seed, phanto
         return attack(clients, W, w, asked, t)
 
     monkeypatch.setattr(model.Clients, "attack", copy)
-    monkeypatch.setitem(model.ATTACKS, "copy", lambda W, w, rng: W)
+    monkeypatch.setitem(ATTACKS, "copy", Attack(""))
     config = Config(rounds=5, mad_start=1, malicious=malicious, seed=seed, attack="copy")
     run = simulate(config, dataset=half(phantom))
     assert run.summary["excluded"] == {} and (run.rounds.active == 10).all()
@@ -611,7 +619,7 @@ def test_one_client_left_of_three_keeps_its_place(tiny, monkeypatch):
         return W, losses
 
     monkeypatch.setattr(model.Clients, "train", break_one)
-    monkeypatch.setitem(model.ATTACKS, "far", filled(1e30))
+    monkeypatch.setitem(ATTACKS, "far", Attack("", submit=filled(1e30)))
     run = simulate(Config(rounds=5, mad_start=1, clients=3, malicious=0.34, attack="far"), dataset=tiny)
     assert run.rounds.active.tolist() == [2, 2, 1, 1, 1]
     assert run.rounds[["loss", "test_loss"]].notna().all(axis=None)
@@ -632,7 +640,7 @@ def played(submissions: list[np.ndarray], preset: str, mad_start: int):
     return state
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(st.integers(0, 10**9), st.integers(3, 9), st.integers(1, 4), st.data())
 def test_the_order_of_the_clients_does_not_matter(seed, clients, mad_start, draw):
     """Several rounds of MAD, exclusions included: permuted clients get the permuted scores."""
@@ -643,7 +651,7 @@ def test_the_order_of_the_clients_does_not_matter(seed, clients, mad_start, draw
         np.testing.assert_allclose(getattr(state, name)[order], getattr(permuted, name), rtol=1e-6, atol=1e-6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(st.integers(0, 10**9), st.integers(1, 4), st.floats(-100, 100), st.floats(1e-3, 1e3))
 def test_shifting_or_scaling_every_submission_changes_no_score(seed, mad_start, shift, scale):
     submissions = rounds_of(seed, 7, 5)
@@ -656,7 +664,7 @@ def test_shifting_or_scaling_every_submission_changes_no_score(seed, mad_start, 
 numbers = st.floats(width=32) | st.sampled_from([0.0, 1e30, -1e30, float("inf"), float("nan")])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(st.lists(st.lists(numbers, min_size=3, max_size=3), min_size=2, max_size=7), st.sampled_from(sorted(PRESETS)))
 def test_whatever_is_submitted_the_scores_stay_in_range(rows, preset):
     """Any float32 at all, for six rounds; or the run says that nobody is left."""
@@ -835,8 +843,8 @@ FOLDERS = {
     "a text for a number": (with_fields(rounds="many"), "rounds 'many' must be of type int"),
     "no settings": (with_fields(settings=None), "config.json is damaged: "),
     "a wild number": (with_fields(malicious=7), "malicious fraction 7 must be"),
-    "resumed by nobody": (with_fields(resumed=5), "config.json is damaged: resumed is no list"),
-    "another number": (with_fields(lr=0.5), "was begun with lr 0.001, not 0.5; a run can't change on the way"),
+    "resumed by nobody": (with_fields(resumed=5), "config.json is damaged: resumed is not a list"),
+    "another number": (with_fields(lr=0.5), "was begun with lr 0.001, not 0.5; a run can't change its settings"),
     "a row edited": (lambda folder: swap_a_digit(folder / "rounds.csv"), "rounds.csv was changed or cut short since"),
     "a client's row edited": (lambda folder: swap_a_digit(folder / "clients.csv"), "clients.csv was changed or cut"),
     "rows lost": (lambda folder: cut_in_half(folder / "clients.csv"), "clients.csv was changed or cut short since"),
@@ -863,13 +871,13 @@ def test_a_folder_edited_by_hand_gets_one_line(kind, stopped, quick, capsys):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ("--lr 0.01", "was begun with lr 0.001, not 0.01; a run can't change on the way"),
+        ("--lr 0.01", "was begun with lr 0.001, not 0.01; a run can't change its settings"),
         ("--rounds 9 --seed 1", "was begun with rounds 6, not 9, seed 0, not 1;"),
         ("--mad-start 4", "was begun with mad_start [3], not [4];"),
         ("--mad-start 3 4", "was begun with mad_start [3], not [3, 4];"),
         ("--preset testbed", "was begun with clusters 2, not 1, scale_floor 2.5, not 0.0"),
         ("--threshold 0.3", "was begun with threshold 0.15, not 0.3;"),
-        ("--seeds 2", "--resume goes on with runs that are there; leave out --seeds"),
+        ("--seeds 2", "--resume continues runs that exist; leave out --seeds"),
         ("--overwrite", "leave out --overwrite"),
         ("--out elsewhere", "leave out --out"),
         ("--experiment fig3a", "leave out --experiment"),
@@ -949,8 +957,9 @@ WILD = st.one_of(
     st.text(max_size=8).filter(lambda text: "\0" not in text),
 )
 TAME = {int: st.integers(1, 5).map(str), float: st.floats(0, 1).map(str), str: st.sampled_from(["label_flip", "nan"])}
-TAME[madsim.start_round] = st.integers(1, 3).map(str) | st.just("never")
-PARSER = madsim.make_parser()
+TAME[cli.start_round] = st.integers(1, 3).map(str) | st.just("never")
+PARSER = cli.make_parser()
+CHOICES = {f.name: f.metadata.get("choices") for f in (*fields(Config), *fields(Settings))}
 OPTIONS = {
     action.option_strings[-1]: action
     for action in PARSER._actions
@@ -964,7 +973,8 @@ def command_lines(draw, names=tuple(OPTIONS)) -> list[str]:
     words = []
     for name in draw(st.lists(st.sampled_from(names), max_size=6)):
         action = OPTIONS[name]
-        values = st.sampled_from(sorted(map(str, action.choices))) if action.choices else TAME.get(action.type)
+        known = action.choices or CHOICES.get(action.dest)
+        values = st.sampled_from(sorted(map(str, known))) if known else TAME.get(action.type or str)
         count = 0 if action.nargs == 0 else draw(st.integers(1, 3)) if action.nargs == "+" else 1
         words += [name, *(draw(values if draw(st.integers(0, 7)) else WILD) for _ in range(count))]
     return words
@@ -979,12 +989,12 @@ def runs_or_is_refused(call, capsys) -> None:
         assert stop.code == 2 and line.startswith("madsim: ") and line.count("\n") == 1 and line.endswith("\n")
 
 
-@settings(max_examples=3000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(3000), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(command_lines())
 def test_every_command_line_is_understood_or_refused_in_one_line(capsys, words):
     """The plan of the runs, as `main` makes it; it turns a ValueError into its one line."""
     with suppress(ValueError):
-        runs_or_is_refused(lambda: madsim.plan(vars(PARSER.parse_args(words))), capsys)
+        runs_or_is_refused(lambda: cli.plan(vars(PARSER.parse_args(words))), capsys)
 
 
 SMALL = ("--malicious", "--attack", "--flip", "--lr", "--method", "--batch-size", "--seed", "--alpha-reputation",
@@ -993,7 +1003,8 @@ SMALL = ("--malicious", "--attack", "--flip", "--lr", "--method", "--batch-size"
          "--mad-start")  # fmt: skip
 
 
-@settings(max_examples=48, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.slow
+@settings(max_examples=examples(48), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(command_lines(SMALL), st.integers(1, 3), st.sampled_from([1, 2, 5, 10]))
 def test_every_small_run_ends_or_is_refused_in_one_line(quick, capsys, tmp_path, words, rounds, clients):
     shutil.rmtree(tmp_path / "out", ignore_errors=True)

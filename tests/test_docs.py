@@ -1,4 +1,4 @@
-"""Every command and every piece of Python in README.md, run as it stands there, with fewer rounds."""
+"""The pages: their commands and their Python run, with fewer rounds; their links, numbers and tests exist."""
 
 import json
 import os
@@ -15,23 +15,29 @@ import pytest
 from conftest import part
 
 import data
-import madsim
+from harness import cli
+from harness.log import MEMBERSHIP_COLUMNS, ROUND_COLUMNS
+from lab.attacks import ATTACKS
+from lab.experiments import EXPERIMENTS
+from lab.partitions import PARTITIONS
+from lab.rules import RULES
 
 HERE = Path(__file__).resolve().parents[1]
-README = (HERE / "README.md").read_text()
+PAGES = {
+    str(path.relative_to(HERE)): path.read_text()
+    for path in (HERE / "README.md", HERE / "CONTRIBUTING.md", *sorted((HERE / "docs").glob("*.md")))
+}
+README, LESSON = PAGES["README.md"], PAGES["docs/lesson.md"]
 ROUNDS = 4
 
 
-LESSON = (HERE / "docs" / "lesson.md").read_text()
-
-
-def blocks(language: str, page: str = README) -> list[str]:
+def blocks(language: str, page: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
 
 
-def commands() -> list[str]:
-    """The lines of all shell blocks, without comments."""
-    lines = (line.split("  #")[0].strip() for block in blocks("sh") for line in block.splitlines())
+def commands(page: str) -> list[str]:
+    """The lines of all shell blocks of a page, without comments."""
+    lines = (line.split("  #")[0].strip() for block in blocks("sh", page) for line in block.splitlines())
     return [line for line in lines if line]
 
 
@@ -45,7 +51,7 @@ def shortened(command: str) -> list[str]:
     if words[1] != "madsim.py" or words[2:] in (["--help"], ["--list"]):
         return words
     if words[2:] == ["--quick"]:  # what it stands for can be shortened too
-        words[2:] = ["--rounds", str(madsim.QUICK), "--mad-start", str(madsim.QUICK // 2)]
+        words[2:] = ["--rounds", str(cli.QUICK), "--mad-start", str(cli.QUICK // 2)]
     if "--resume" in words:  # the main job's folder, under the name that it has here
         return [*words[:-1], str(next(Path("results").glob("mad*")))]
     rounds = int(words[words.index("--rounds") + 1]) if "--rounds" in words else 1000
@@ -61,7 +67,8 @@ def shortened(command: str) -> list[str]:
     return [*words, *several, "--rounds", str(ROUNDS), "--overwrite"]
 
 
-def test_the_readmes_commands_run(small, tmp_path, monkeypatch, capsys):
+@pytest.mark.slow
+def test_the_commands_of_the_readme_and_the_reference_run(small, tmp_path, monkeypatch, capsys):
     """In order, in one folder, as a reader would; the two that set up a new machine are run whole by .ci/run.
 
     Each script is run as `__main__`, but in this process, which has already spent the seconds that torch takes; on a
@@ -73,7 +80,7 @@ def test_the_readmes_commands_run(small, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     real = (Path(os.environ.get("MADSIM_DATA", Path.home() / ".medmnist")) / data.FILE).is_file()
     seen = []
-    for command in commands():
+    for command in commands(README) + commands(PAGES["docs/reference.md"]):
         command = command.split(" && ")[-1].replace(".venv/bin/", "").replace("python3 ", "python ")
         if "-m pytest" in command:
             continue
@@ -100,34 +107,27 @@ def test_ci_runs_the_readmes_set_up_and_test():
     assert "grep -m 1 -- '-m pytest' README.md" in (HERE / ".ci" / "run").read_text()
 
 
-@pytest.mark.parametrize(
-    "block", [*blocks("python"), *blocks("python", LESSON)], ids=lambda block: block.split("\n")[0]
-)
-def test_the_readmes_and_the_lessons_python_runs(block, phantom, monkeypatch):
-    import model
-    import trust
-
+@pytest.mark.parametrize("block", [block for page in PAGES.values() for block in blocks("python", page)])
+def test_the_python_on_the_pages_runs(block, phantom, monkeypatch):
     monkeypatch.setattr(data, "load", lambda *_: phantom)
-    for registry in (data.ATTACKS, model.ATTACKS, trust.RULES):  # what a block adds is taken away again
-        for name, function in list(registry.items()):
-            monkeypatch.setitem(registry, name, function)
-    names = {id(registry): set(registry) for registry in (data.ATTACKS, model.ATTACKS, trust.RULES)}
+    registries = (ATTACKS, RULES, PARTITIONS, EXPERIMENTS)
+    before = [dict(registry) for registry in registries]
     try:
         exec(compile(block, "a page", "exec"), {})
-    finally:
-        for registry in (data.ATTACKS, model.ATTACKS, trust.RULES):
-            for name in set(registry) - names[id(registry)]:
-                del registry[name]
+    finally:  # what a block adds is taken away again
+        for registry, entries in zip(registries, before):
+            registry.clear()
+            registry.update(entries)
 
 
-@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in sorted((HERE / "docs").glob("*.md")))])
+@pytest.mark.parametrize("page", PAGES)
 def test_links_and_the_tests_that_are_named_are_there(page):
-    text = (HERE / page).read_text()
+    text = PAGES[page]
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         if not target.startswith("http"):
             assert (HERE / page).parent.joinpath(target).exists(), target
     tests = "".join(path.read_text() for path in (HERE / "tests").glob("test_*.py"))
-    for name in re.findall(r"`(test_\w+)`", text):
+    for name in set(re.findall(r"`(test_\w+)`", text)) - {*ROUND_COLUMNS, *MEMBERSHIP_COLUMNS}:
         assert f"def {name}(" in tests, name
 
 
@@ -140,7 +140,7 @@ def test_the_numbers_of_the_replication_are_those_of_its_tables():
         for name in means:
             for mean, deviation in zip(means[name], deviations[name]):
                 known |= {f"{abs(mean):.{digits}f} ± {deviation:.{digits}f}" for digits in (1, 2, 3)}
-    page = (HERE / "docs" / "replication.md").read_text()
+    page = PAGES["docs/replication.md"]
     quoted = re.findall(r"[\d.]+ ± [\d.]*\d", page)
     assert len(quoted) > 20 and [text for text in quoted if text not in known] == []
 
@@ -179,20 +179,19 @@ def test_the_main_numbers_are_those_of_their_cells(experiment, row, column, metr
     cell = table[(table["row"] == row) & (table["column"] == column)][metric]
     digits = len(said.split()[0].partition(".")[2])
     assert len(cell) == 5 and f"{abs(cell.mean()):.{digits}f} ± {cell.std():.{digits}f}" == said
-    assert said in (HERE / "docs" / "replication.md").read_text()
+    assert said in PAGES["docs/replication.md"]
 
 
 def test_the_worked_example_of_the_lesson():
     """The numbers in the tables of docs/lesson.md are those of trust.py for models 0, 1, 2 and 10, submitted twice."""
     import trust
 
-    lesson = (HERE / "docs" / "lesson.md").read_text()
     W, state = np.array([[0.0], [1.0], [2.0], [10.0]]), trust.initial_state(4)
     for t in (1, 2):
         state = trust.mad_step(W, state, t, None, trust.Settings())
         for name in ("reputation", "trust"):
             cells = " | ".join(f"{value:.3f}" for value in getattr(state, name))
-            assert f"| {name}, round {t} | {cells} |" in lesson
+            assert f"| {name}, round {t} | {cells} |" in LESSON
     assert state.distance.tolist() == pytest.approx([1, 0, 1, 9])
     assert state.d.tolist() == pytest.approx([8 / 9, 1, 8 / 9, 0])
     assert trust.mad_step(W, state, 3, 3, trust.Settings()).active.tolist() == [True, True, True, False]
@@ -202,7 +201,7 @@ def test_the_worked_example_of_the_lesson():
     assert first.d.tolist() == pytest.approx([0.5, 1, 1, 0.5]) and first.active.tolist() == [False, True, True, False]
     second = trust.mad_step(W, trust.mad_step(W, fresh, 1, 2, trust.Settings()), 2, 2, trust.Settings())
     assert second.active.all() and f"{second.trust[3]:.3f}" == "0.419"
-    assert "Their trust is 0 in round 1, 0.419" in lesson
+    assert "Their trust is 0 in round 1, 0.419" in LESSON
 
 
 def test_the_lessons_commands_are_understood():
@@ -211,12 +210,13 @@ def test_the_lessons_commands_are_understood():
     for line in lines:
         program, *words = shlex.split(line)[1:]
         if program == "madsim.py":
-            given = vars(madsim.make_parser().parse_args(words))
-            assert madsim.plan(given), line
+            given = vars(cli.make_parser().parse_args(words))
+            assert cli.plan(given), line
         else:
             assert program == "plot.py" and words[0] in ("results/", "waiting/"), line
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(small, monkeypatch, capsys):
     """Its cells one after another, with fewer rounds, on a part of the phantom."""
     import matplotlib.pyplot

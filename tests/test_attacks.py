@@ -1,0 +1,80 @@
+"""lab/attacks.py: every attack, with numbers worked by hand."""
+
+import numpy as np
+import pytest
+import torch
+
+from lab import attacks
+from lab.attacks import ATTACKS, Attack
+
+TRAINED, GLOBAL = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([1.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("sign_flip", [[1, 0], [-1, -2]]),  # 1 - (W - 1)
+        ("scaled", [[1, 11], [21, 31]]),  # 1 + 10 (W - 1)
+        ("alie", [[0.5, 1.5], [0.5, 1.5]]),  # means 2 and 3, deviations 1 and 1: less 1.5 of them
+        ("ipm", [[-4, -9], [-4, -9]]),  # mean change 1 and 2: 1 - 5 of them
+    ],
+)
+def test_attacks_by_hand(name, expected):
+    assert ATTACKS[name].submit(TRAINED.clone(), GLOBAL, np.random.default_rng(0)).tolist() == expected
+
+
+def test_ipm_turns_the_average_of_the_papers_clients_and_alie_needs_two():
+    honest = torch.tensor([[2.0, 3.0]] * 8)
+    submitted = ATTACKS["ipm"].submit(honest[:2], GLOBAL, np.random.default_rng(0))
+    change = torch.cat([honest, submitted]).mean(0) - GLOBAL
+    assert (change * (honest[0] - GLOBAL)).sum() < 0
+    assert ATTACKS["alie"].submit(TRAINED[:1], GLOBAL, np.random.default_rng(0)).tolist() == [[1, 2]]
+
+
+def test_noise_is_drawn_from_the_generator():
+    W = torch.zeros(2, 10_000)
+    noise, again = (ATTACKS["noise"].submit(W, W[0], np.random.default_rng(1)) for _ in range(2))
+    assert (noise == again).all() and noise.std().item() == pytest.approx(attacks.NOISE, rel=0.03)
+
+
+def test_hug_by_hand():
+    # The honest centre is (1, 0), their distances 1 and 1: the attacker comes as near as 1.2, or stays where it is.
+    honest = torch.tensor([[0.0, 0.0], [2.0, 0.0]])
+    W = torch.tensor([[1.0, 10.0], [1.0, 0.5], [1.0, 0.0]])
+    hugged = ATTACKS["hug"].submissions(W, GLOBAL, honest, np.random.default_rng(0))
+    assert hugged.numpy() == pytest.approx(np.array([[1, 1.2], [1, 0.5], [1, 0]]))
+    assert ATTACKS["hug"].submissions(honest[:1], GLOBAL, honest[:1], np.random.default_rng(0)).tolist() == [[0, 0]]
+
+
+def test_hug_with_nobody_left_to_hide_from_submits_what_it_trained():
+    W = torch.tensor([[1.0, 2.0]])
+    assert attacks.hug(W, W[0], np.random.default_rng(0), W[:0]).equal(W)
+
+
+def test_an_attack_without_a_submission_submits_what_was_trained():
+    attack = Attack("trains on other labels", poison=attacks.flip_one_way)
+    assert attack.submissions(TRAINED, GLOBAL, TRAINED[:0], np.random.default_rng(0)).equal(TRAINED)
+
+
+def test_only_an_attack_that_sees_the_honest_models_gets_them():
+    blind = Attack("", submit=lambda W, w, rng: W + 1)
+    seeing = Attack("", submit=lambda W, w, rng, honest: W + honest.mean(0), sees_honest=True)
+    honest = torch.tensor([[10.0, 20.0], [30.0, 40.0]])
+    assert blind.submissions(TRAINED, GLOBAL, honest, np.random.default_rng(0)).equal(TRAINED + 1)
+    assert seeing.submissions(TRAINED, GLOBAL, honest, np.random.default_rng(0)).tolist() == [[21, 32], [23, 34]]
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_every_attack_does_something_and_says_what(name):
+    attack = ATTACKS[name]
+    assert attack.poison or attack.submit
+    assert 10 < len(attack.about) <= 61 and "\n" not in attack.about  # one line of 80 columns in --list
+
+
+def test_one_way_flips_call_pneumonia_normal_and_never_the_other_way():
+    labels = np.array([0, 1, 1, 0, 1, 1])
+    rng = np.random.default_rng(0)
+    assert attacks.flip_one_way(labels, 1.0, rng).tolist() == [0] * 6
+    half = attacks.flip_one_way(labels, 0.5, rng)
+    assert half.sum() == 2 and (half <= labels).all() and labels.tolist() == [0, 1, 1, 0, 1, 1]
+    assert (attacks.flip_one_way(labels, 0.0, rng) == labels).all()

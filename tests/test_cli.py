@@ -1,0 +1,257 @@
+"""harness/cli.py, harness/console.py: the command line, its refusals, and what the terminal says."""
+
+import json
+import os
+import re
+import signal
+import sys
+import time
+
+import pandas as pd
+import pytest
+import torch
+from conftest import command, refusal
+
+import data
+from harness import cli
+from harness.cli import main
+from harness.console import minutes
+from lab.attacks import ATTACKS
+from lab.experiments import EXPERIMENTS
+from lab.partitions import PARTITIONS
+from lab.rules import RULES
+from trust import PRESETS
+
+
+def test_a_client_that_submits_nan_is_out_at_once_and_named(small, tmp_path, quick, capsys):
+    code = main(["--rounds", "3", "--attack", "nan", "--dataset", "phantom", "--out", str(tmp_path)])
+    summary = json.loads((tmp_path / "nomad-rounds3-nan-phantom-s0" / "summary.json").read_text())
+    first, second = summary["malicious"]
+    assert code == 0
+    assert summary["excluded"] == {str(first): 1, str(second): 1}
+    assert summary["nonfinite"] == [first, second]
+    printed = capsys.readouterr().out
+    for client in (first, second):
+        assert f"client {client} (attacker, submitted NaN or infinity) in round 1" in printed
+    rounds = pd.read_csv(tmp_path / "nomad-rounds3-nan-phantom-s0" / "rounds.csv")
+    assert rounds.notna().all(axis=None)  # it reached neither the scores nor the average
+
+
+@pytest.mark.slow
+def test_several_mad_starts_and_seeds_make_several_runs(quick, tmp_path, capsys):
+    words = "--rounds 3 --mad-start 1 2 never --seeds 2 --dataset phantom --clients 4 --malicious 0.25 --jobs 2"
+    assert main([*words.split(), "--out", str(tmp_path)]) == 0
+    names = {f"{mad}-rounds3-clients4-malicious0.25-phantom-s{s}" for mad in ("mad1", "mad2", "nomad") for s in (0, 1)}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    threads = {json.loads((tmp_path / n / "config.json").read_text())["machine"]["threads"] for n in names}
+    assert threads == {max(1, os.cpu_count() // 2)}  # the processes share the cores
+    assert "6 runs, 18 rounds in all" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("--malicious 0.6", "fraction 0.6 makes 6 of 10 clients malicious; it must stay below half"),
+        ("--malicious 0.5", "makes 5 of 10"),
+        ("--malicious -0.1", "fraction -0.1 must be at least 0 and below 0.5"),
+        ("--malicious nan", "malicious fraction nan must be at least 0"),
+        ("--rounds 40 --mad-start 50", "mad_start 50 lies beyond the 40 rounds; use 1 to 40"),
+        ("--mad-start 0", "mad_start 0 must be at least 1"),
+        ("--lr -1", "lr -1.0 must be at least 0"),
+        ("--lr nan", "lr nan must be at least 0 and at most 1e+30"),
+        ("--lr inf", "lr inf must be at least 0 and at most 1e+30"),
+        ("--method loop --lr 1e39", "lr 1e+39 must be at least 0 and at most 1e+30"),
+        ("--outlying inf", "outlying inf must be at least 0 and finite"),
+        (f"--clients {10**400}", "must be at least 1 and at most 100000"),
+        (f"--batch-size {10**400}", "must be at least 1 and finite"),
+        ("--rounds 0", "rounds 0 must be at least 1"),
+        ("--clients 0", "clients 0 must be at least 1"),
+        ("--flip 1.5", "flip 1.5 must be at least 0 and at most 1"),
+        ("--batch-size 0", "batch_size 0 must be at least 1"),
+        ("--epochs x", "--epochs: invalid int value: 'x'"),
+        ("--seed -1", "seed -1 must be at least 0"),
+        ("--seeds 0", "seeds 0 must be at least 1"),
+        ("--jobs 0", "jobs 0 must be at least 1"),
+        ("--threshold 2", "threshold 2.0 must be at least 0 and at most 1"),
+        ("--attack flipp", "'flipp' is unknown; known: label_flip, one_way_flip, scaled, nan, sign_flip, noise"),
+        ("--partition odd", "partition 'odd' is unknown; known: iid, dirichlet, quantity"),
+        ("--partition dirichlet --alpha 0", "concentration (--alpha) 0.0 must be at least 0.001 and finite"),
+        ("--rule medoid", "rule 'medoid' is unknown; known: mean, median, trimmed_mean, krum"),
+        ("--dataset mnist", "dataset 'mnist' is unknown; known: auto, pneumoniamnist, phantom"),
+        ("--preset x", "invalid choice: 'x' (choose from"),
+        ("--experiment fig9", "invalid choice: 'fig9' (choose from"),
+        ("--experiment fig3a --mad-start 3", "experiment fig3a sets --mad-start itself; leave that out"),
+        ("--experiment noniid --alpha 1", "experiment noniid sets --alpha itself; leave that out"),
+        ("--alpha-reputation 2", "alpha (--alpha-reputation) 2.0 must be at least 0 and at most 1"),
+        ("--experiment fig3a --quick", "--quick and --experiment exclude each other"),
+        ("--rounds 2 --attack-start 5", "attack_start 5 lies beyond the 2 rounds; use 1 to 2"),
+        ("--rounds 2 --membership 10", "membership 10 lies beyond the 2 rounds"),
+        ("--alpha 1", "concentration (--alpha) 1.0 changes nothing with partition iid"),
+        ("--attack noise --flip 0.5", "flip 0.5 changes nothing: attack noise flips no labels"),
+        (
+            "--rule multi_krum --malicious 0.4",
+            "multi_krum needs 11 clients to withstand 4 malicious ones; there are 10",
+        ),
+        ("--backend dask --scheduler tcp://localhost:1 --jobs 2", "--jobs is for this machine"),
+        ("--mad-start soon", "--mad-start: 'soon' is not a round or 'never'"),
+        ("--mad-start 5,20", "'5,20' is not a round or 'never'; separate several by spaces"),
+        ("--no-such-option", "unrecognized arguments: --no-such-option\n"),
+        ("--mad_start 5", "unrecognized arguments: --mad_start 5; did you mean --mad-start?"),
+        ("--attacks noise", "unrecognized arguments: --attacks noise; did you mean --attack?"),
+        ("--dataset phantom --clients 3000", "3000 clients can't share 4708 images"),
+        ("--rounds 10 --mad-start 3 3", None),
+    ],
+)
+def test_bad_input_gets_one_line(arguments, expected, capsys, tmp_path):
+    if expected is None:  # the same run twice is run once
+        args = cli.make_parser().parse_args([*arguments.split(), "--out", str(tmp_path)])
+        assert len(cli.plan(vars(args))) == 1
+        return
+    assert expected in refusal(capsys, *arguments.split(), "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(
+    "torch" in sys.modules and sys.modules["torch"].cuda.is_available(), reason="there is a cuda device"
+)
+def test_cuda_without_a_device_is_refused(capsys, tmp_path, quick):
+    line = refusal(capsys, "--device", "cuda", "--dataset", "phantom", "--out", tmp_path / "out")
+    assert "0 usable CUDA devices; use --device cpu or auto" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_exists_is_not_overwritten_unless_asked(capsys, tmp_path, quick):
+    words = ["--rounds", "1", "--dataset", "phantom", "--out", str(tmp_path)]
+    assert main(words) == 0
+    (folder,) = tmp_path.iterdir()
+    before = (folder / "summary.json").read_bytes()
+    assert f"{folder} exists; add --overwrite to replace it" in refusal(capsys, *words)
+    if not torch.cuda.is_available():  # refused before the earlier results are touched
+        refusal(capsys, *words, "--overwrite", "--device", "cuda")
+    assert (folder / "summary.json").read_bytes() == before
+    assert main([*words, "--overwrite"]) == 0
+    assert (folder / "summary.json").read_bytes() != before
+
+
+def test_a_folder_that_is_no_run_is_never_overwritten(capsys, tmp_path):
+    folder = tmp_path / "nomad-phantom-s0"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("dear")
+    assert "is not a run's folder" in refusal(capsys, "--dataset", "phantom", "--out", tmp_path, "--overwrite")
+    assert (folder / "thesis.txt").read_text() == "dear"
+
+
+def test_a_place_that_can_not_be_written_gets_one_line(capsys, tmp_path, quick):
+    (tmp_path / "file").write_text("")
+    line = refusal(capsys, "--rounds", "1", "--dataset", "phantom", "--out", tmp_path / "file" / "results")
+    assert str(tmp_path / "file") in line
+
+
+def test_a_data_root_that_is_a_file_gets_one_line(capsys, tmp_path):
+    (tmp_path / data.FILE).write_bytes(b"")
+    for dataset in ("auto", "pneumoniamnist"):
+        root = ("--data-root", tmp_path / data.FILE, "--dataset", dataset)
+        assert f"{tmp_path / data.FILE} is a file" in refusal(capsys, *root, "--out", tmp_path / "out")
+
+
+def test_a_rule_that_mad_leaves_too_few_clients_ends_in_one_line_that_names_the_round(capsys, tmp_path, quick):
+    """Plain min-max excludes somebody each round; Krum needs 3 clients, and keeps the rounds that it had."""
+    words = "--rounds 9 --mad-start 1 --clients 5 --malicious 0 --clusters 1 --scale-floor 0 --rule krum"
+    line = refusal(capsys, *words.split(), "--dataset", "phantom", "--out", tmp_path)
+    t = int(re.search(r"madsim: round (\d+): krum needs 3 clients to withstand 0 malicious ones", line)[1])
+    (folder,) = tmp_path.iterdir()
+    assert t > 1 and len((folder / "rounds.csv").read_text().splitlines()) == t  # the head, and the rounds before
+    assert not json.loads((folder / "summary.json").read_text())["complete"]
+
+
+def test_a_damaged_data_file_gets_one_line(capsys, tmp_path):
+    (tmp_path / data.FILE).write_bytes(b"PK no npz")
+    line = refusal(capsys, "--data-root", tmp_path, "--out", tmp_path / "out")
+    assert "has MD5" in line and data.MD5 in line and "delete the file" in line
+
+
+def test_weights_that_overflow_everywhere_end_in_one_line(capsys, tmp_path, quick):
+    line = refusal(capsys, "--lr", "1e30", "--rounds", "3", "--dataset", "phantom", "--out", tmp_path)
+    assert "every client's weights are NaN or infinite" in line
+
+
+def test_the_fall_back_is_said_before_at_the_end_and_in_the_files(tmp_path, monkeypatch, capsys, quick):
+    def unreachable(root):
+        raise FileNotFoundError(f"{root}/x is absent and medmnist could not download it (no network)")
+
+    monkeypatch.setattr(data, "download", unreachable)
+    main(["--rounds", "1", "--data-root", str(tmp_path / "none"), "--out", str(tmp_path / "out")])
+    captured = capsys.readouterr()
+    assert captured.err.startswith("PHANTOM IMAGES, not PneumoniaMNIST:") and "no network" in captured.err
+    assert "phantom images" in captured.out
+    (folder,) = (tmp_path / "out").iterdir()
+    for file in ("config.json", "summary.json"):
+        assert "no network" in (folder / file).read_text()
+    named = ("--dataset", "pneumoniamnist", "--data-root", tmp_path / "none", "--out", tmp_path / "other")
+    assert "could not download it (no network)" in refusal(capsys, *named)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_several_runs_in_one_line(tmp_path):
+    words = ["--rounds", "100000", "--mad-start", "5", "never", "--dataset", "phantom", "--jobs", "2"]
+    process = command(*words, "--out", tmp_path, start_new_session=True)
+    deadline = time.time() + 90
+    while time.time() < deadline and sum(t.read_text().count("\n") > 3 for t in tmp_path.rglob("rounds.csv")) < 2:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert "madsim: stopped; the same command continues\n" in err
+    assert [len(pd.read_csv(table)) > 2 for table in tmp_path.rglob("rounds.csv")] == [True, True]
+
+
+def test_the_list_names_everything_with_a_line(capsys):
+    assert main(["--list"]) == 0
+    out = capsys.readouterr().out
+    known = {*ATTACKS, *PARTITIONS, *RULES, *PRESETS, *EXPERIMENTS}
+    for name in known:
+        assert re.search(rf"^  {name} +\S.{{8}}", out, re.MULTILINE), name
+    assert len(out.splitlines()) == len(known) + 6 and max(map(len, out.splitlines())) <= 80  # 5 kinds, and `paper`
+    for words in (
+        "Krum: the model with the lowest score",
+        "9 settings differ",
+        "flips labels, stays just within",
+        "fig3a and fig3c",
+    ):
+        assert words in out
+
+
+def test_a_quick_story_has_an_attack_and_an_exclusion(quick, tmp_path, capsys):
+    assert main(["--quick", "--dataset", "phantom", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "1 run, 60 rounds in all, about 10 seconds" in out
+    assert json.loads((tmp_path / "mad30-rounds60-phantom-s0" / "summary.json").read_text())["complete"]
+    shorter = ["--quick", "--rounds", "31", "--clients", "4", "--malicious", "0", "--dataset", "phantom", "--out"]
+    assert main([*shorter, str(tmp_path)]) == 0  # what is given besides holds
+    out = capsys.readouterr().out
+    assert "31 rounds in all" in out and "Excluded     nobody; nobody attacked\n" in out
+    assert (tmp_path / "mad15-rounds31-clients4-malicious0-phantom-s0").is_dir()
+    assert [config.mad_start for config in cli.plan({"quick": True, "rounds": 1}).values()] == [1]
+
+
+@pytest.mark.slow
+def test_output_that_is_no_terminal_is_plain(tmp_path):
+    words = ["--rounds", "2", "--dataset", "phantom", "--threads", "1", "--out", tmp_path]
+    out, err = command(*words, env=os.environ | {"NO_COLOR": "1"}).communicate(timeout=60)
+    assert err == "" and "\x1b" not in out and "\r" not in out
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(2, "10 seconds"), (44, "40 seconds"), (60, "1 minute"), (200, "3 minutes")]
+)
+def test_times_are_said_roughly(seconds, words):
+    assert minutes(seconds) == words
+
+
+def test_help_is_quick_and_says_where_defaults_come_from():
+    start = time.perf_counter()
+    out, _ = command("--help").communicate(timeout=60)
+    assert time.perf_counter() - start < 2  # 0.15 s where it was measured; the bound allows for a busy machine
+    for words in ("default: 1000, paper: 100 to", "--beta-trust", "--scale-floor", "Kaufman and", "default: results"):
+        assert words in out

@@ -1,0 +1,168 @@
+"""lab/figures.py: the jump at an exclusion, membership inference, heat maps of experiments."""
+
+import json
+from pathlib import Path
+
+import pandas
+import pytest
+from test_plot import CLIENT_COLUMNS, CLIENT_ROWS, make_run, new_ax, write_csv
+
+import plot
+from harness import runs
+from lab import figures
+
+# ---------------------------------------------------------------- the jump at an exclusion
+
+
+def with_jump(folder, composition, model, **config):
+    make_run(folder, **config)
+    parts = {"total": composition + model, "composition": composition, "model": model}
+    jumps = [{"round": 3, "clients": [2], "loss": parts, "accuracy": {name: -value for name, value in parts.items()}}]
+    (folder / "summary.json").write_text(json.dumps({"jumps": jumps}))
+    return plot.load_run(folder)
+
+
+def test_the_jump_is_drawn_in_its_two_parts(tmp_path):
+    """Two seeds, -0.4 and -0.6 for who is averaged: a bar of -0.5 with a line of 0.1 * sqrt 2; and one other run."""
+    runs = [with_jump(tmp_path / "a", -0.4, -0.1), with_jump(tmp_path / "b", -0.6, -0.3, seed=1)]
+    runs.append(with_jump(tmp_path / "c", -0.2, 0.1, mad_start=2))
+    figure = figures.jump_figure(runs)
+    loss, accuracy = figure.axes
+    assert [bar.get_width() for bar in loss.patches] == pytest.approx([-0.5, -0.2, -0.2, 0.1])
+    assert [bar.get_width() for bar in accuracy.patches] == pytest.approx([0.5, 0.2, 0.2, -0.1])
+    composition, model = loss.containers[1], loss.containers[3]
+    assert (composition.get_label(), model.get_label()) == ("fewer clients averaged", "the model itself")
+    assert {bar.get_hatch() for bar in composition} != {bar.get_hatch() for bar in model}
+    labels = [text.get_text() for text in loss.get_yticklabels()]
+    assert labels == ["MAD from round 3, mean of 2 seeds", "MAD from round 2, seed 0"]
+    ends = loss.containers[0].lines[2][0].get_segments()[0][:, 0]
+    assert sorted(ends) == pytest.approx([-0.5 - 0.1 * 2**0.5, -0.5 + 0.1 * 2**0.5])
+    assert "± one standard deviation" in figure.get_suptitle()
+
+
+def test_runs_with_an_exclusion_have_a_jump_figure(tmp_path, capsys):
+    with_jump(tmp_path / "a", -0.4, -0.1)
+    make_run(tmp_path / "b", mad_start=None)
+    assert plot.main([str(tmp_path)]) == 0
+    assert (tmp_path / "figures" / "jump.png").is_file()
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{}", '{"jumps": []}', '{"jumps": {"0": 1}}', '{"jumps": [{"round": 1, "loss": 3}]}', "[" * 10**5, "é"],
+)
+def test_a_damaged_summary_has_no_jump(tmp_path, content):
+    folder = make_run(tmp_path / "a")
+    (folder / "summary.json").write_text(content)
+    assert plot.load_run(folder).jump is None
+
+
+# ---------------------------------------------------------------- membership inference
+
+
+def measured(folder, shift=0.0, **options):
+    """A run whose client 2, the attacker, is trained up to round 2, and the others up to round 4."""
+    make_run(folder, **options)
+    rows = [(*row, 0.5 if row[1] < 2 or row[0] <= 2 else "") for row in CLIENT_ROWS]
+    write_csv(folder / "clients.csv", [*CLIENT_COLUMNS, "train_loss"], rows)
+    columns = ["round"] + [
+        f"{name}_{kind}" for name in ("test", "validation") for kind in ("advantage", "error", "chance")
+    ]
+    values = [(t, 0.1 * t + shift, 0.01, 0.03, 0.02 * t, 0.01, 0.04) for t in (1, 2, 3, 4)]
+    write_csv(folder / "membership.csv", columns, values)
+    return plot.load_run(folder)
+
+
+def test_what_attackers_hold_stays_from_their_exclusion_on(tmp_path):
+    run = measured(tmp_path / "a")
+    held = figures.held_by_attackers([run], "test_advantage")
+    assert held.index.tolist() == [1, 2, 3, 4] and held[0].tolist() == pytest.approx([0.1, 0.2, 0.2, 0.2])
+    honest = plot.load_run(tmp_path / "a")
+    honest.clients["malicious"] = 0  # where nobody attacks, what all hold: a third still has that of round 2
+    means = figures.held_by_attackers([honest], "test_advantage")[0].tolist()
+    assert means == pytest.approx([0.1, 0.2, (0.3 + 0.3 + 0.2) / 3, (0.4 + 0.4 + 0.2) / 3])
+
+
+def test_membership_of_one_seed_has_the_bootstraps_band_and_of_several_the_seeds(tmp_path):
+    one, two = measured(tmp_path / "a"), measured(tmp_path / "b", shift=0.2, seed=1)
+    ax = new_ax()
+    figures.plot_membership(ax, [one], "test")
+    assert "one standard error (bootstrap)" in ax.get_title("left") and "against test images" in ax.get_title("left")
+    (band,) = ax.collections
+    assert band.get_paths()[0].get_extents().ymax == pytest.approx(0.21)
+    line, chance = ax.lines
+    assert line.get_ydata().tolist() == pytest.approx([0.1, 0.2, 0.2, 0.2])
+    assert set(chance.get_ydata()) == {0.03}
+    ax = new_ax()
+    figures.plot_membership(ax, [one, two], "validation")
+    assert "one standard deviation over the seeds" in ax.get_title("left")
+    assert ax.lines[0].get_ydata().tolist() == pytest.approx([0.02, 0.04, 0.04, 0.04])
+    assert ax.lines[0].get_label() == "MAD from round 3, mean of 2 seeds"
+
+
+def test_runs_that_measured_membership_have_its_figure(tmp_path, capsys):
+    measured(tmp_path / "x" / "a")
+    make_run(tmp_path / "x" / "b")
+    assert plot.main([str(tmp_path)]) == 0
+    assert str(tmp_path / "figures" / "x" / "membership.png") in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- heat maps of experiments
+
+
+def write_grid(path, **changes):
+    """An experiment of two rows, two columns and two seeds: 10 clients, 2 attackers, MAD excludes them and more."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {"row": row, "column": column, "seed": seed, "complete": True, "data": "PneumoniaMNIST", "clients": 10,
+         "rounds": 40, "last": 40, "attackers": 2,
+         "true_exclusions": 2 * (row == "MAD"), "false_exclusions": seed * (row == "MAD"),
+         "honest_accuracy": 0.5 + 0.1 * seed, "test_accuracy": 0.8, "test_sensitivity": 0.9}
+        for row in ("never", "MAD") for column in ("flip", "noise") for seed in (0, 1)
+    ]  # fmt: skip
+    pandas.DataFrame(rows).assign(**changes).to_csv(path, index=False)
+    return path
+
+
+def test_a_grid_by_hand(tmp_path):
+    table = runs.read_grid(write_grid(tmp_path / "table.csv"))
+    assert table.groupby("row")["right"].mean().to_dict() == {"never": 0.8, "MAD": pytest.approx(0.95)}
+    assert figures.cell_texts(table, "honest_accuracy")["MAD", "flip"] == "0.550\n± 0.071"
+    assert figures.cell_texts(table, "right")["MAD", "noise"] == "2 of 2 out,\n0.5 honest out"
+    ax = new_ax()
+    figures.plot_grid(ax, table, "right", figures.cell_texts(table, "right"))
+    assert ax.images[0].get_array().tolist() == [[0.8, 0.8], [pytest.approx(0.95)] * 2]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["never", "MAD"]  # in the experiment's order
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["flip", "noise"]
+    assert [(text.get_position(), text.get_color()) for text in ax.texts][::3] == [((0, 1), "black"), ((1, 0), "white")]
+
+
+def test_of_one_seed_no_deviation_and_what_ended_early_is_left_out(tmp_path):
+    complete = [True, False] * 4
+    table = runs.read_grid(write_grid(tmp_path / "table.csv", complete=complete))
+    assert set(table["seed"]) == {0}
+    assert figures.cell_texts(table, "test_accuracy")["never", "flip"] == "0.800"
+
+
+def test_an_experiment_of_many_runs_is_drawn_as_heat_maps_alone(tmp_path, capsys):
+    for kind in range(plot.MOST_LINES + 1):
+        make_run(tmp_path / "big" / f"r{kind}", mad_start=kind + 1, samples=kind == 0)
+    write_grid(tmp_path / "big" / "table.csv")
+    assert plot.main([str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    names = [Path(line).name for line in out.splitlines()[:-1]]
+    assert names == ["fig2.png", *(f"grid-{name}.png" for name in (*runs.METRICS, "exclusions"))]
+    assert f"{tmp_path / 'big'}: 10 kinds of runs are too many for one figure of lines;" in err
+
+
+def test_an_experiment_of_one_column_has_no_heat_map(tmp_path):
+    write_grid(tmp_path / "table.csv", column="")
+    assert list(figures.grid_figures(tmp_path / "table.csv")) == []
+
+
+@pytest.mark.parametrize("content", ["", "a,b\n1,2\n", "\0", "row,column\n1\n1,2,3\n"])
+def test_a_damaged_table_is_one_line(tmp_path, capsys, content):
+    (tmp_path / "table.csv").write_text(content)
+    assert list(figures.grid_figures(tmp_path / "table.csv")) == []
+    err = capsys.readouterr().err
+    assert err.startswith(f"{tmp_path / 'table.csv'}: not drawn, ") and err.count("\n") == 1

@@ -1,0 +1,95 @@
+"""Who may import whom. The files' own imports are read with ast, those inside functions too."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import HERE
+
+PAPER = {"data", "model", "trust"}
+LAB, HARNESS = ({f"{folder}.{path.stem}" for path in (HERE / folder).glob("*.py")} for folder in ("lab", "harness"))
+REGISTRIES = {"lab.attacks", "lab.rules", "lab.partitions"}
+READERS = {"harness.runs", "harness.drawing", "harness.folder", "harness.console", "harness.pages"}
+OURS = PAPER | LAB | HARNESS | {"madsim", "plot"}
+MAY = {  # file -> what it may import of ours
+    **{leaf: set() for leaf in PAPER},
+    **{registry: PAPER for registry in REGISTRIES},
+    "lab.privacy": PAPER,
+    "lab.experiments": REGISTRIES | {"harness.console", "harness.folder"},
+    "lab.figures": READERS,
+    "madsim": PAPER | REGISTRIES | {"harness.log", "harness.folder"},
+    "plot": READERS | {"lab.figures"},
+    "harness.folder": set(),
+    "harness.log": {"trust", "lab.privacy", "harness.folder"},
+    "harness.jobs": {"harness.folder"},
+    "harness.runs": {"harness.folder"},
+    "harness.drawing": {"harness.runs"},
+    "harness.pages": {"harness.runs", "harness.folder"},
+    "harness.console": PAPER | LAB | {"harness.folder", "harness.log"},
+    "harness.cli": PAPER | LAB | HARNESS | {"madsim"},
+}
+
+
+def path_of(module: str) -> Path:
+    return HERE / (module.replace(".", "/") + ".py")
+
+
+def imports(tree: ast.AST) -> set[str]:
+    """The modules that are imported anywhere below a node; of `from lab import rules` both lab and lab.rules."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{name.name}" for name in node.names}
+    return found
+
+
+def test_every_file_has_a_rule():
+    files = {path.stem for path in HERE.glob("*.py")}
+    files |= {f"{f}.{path.stem}" for f in ("lab", "harness") for path in (HERE / f).glob("*.py")}
+    assert {file for file in files if not file.endswith("__init__")} == MAY.keys()
+
+
+@pytest.mark.parametrize("module", MAY)
+def test_each_file_imports_only_what_it_may(module):
+    tree = ast.parse(path_of(module).read_text())
+    if module == "madsim":  # its last lines hand over to the command line
+        last = tree.body.pop()
+        assert isinstance(last, ast.If) and ast.unparse(last.test) == "__name__ == '__main__'"
+        assert imports(last) & OURS == {"harness.cli", "harness.console"}
+    found = imports(tree)
+    assert found & OURS <= MAY[module]
+    assert not any(name.split(".")[0] in ("bench", "tests") for name in found)
+    if module in ("plot", "lab.figures", *READERS):
+        assert not any(name.split(".")[0] in ("torch", "model") for name in found)
+
+
+def test_the_leaves_never_see_a_config():
+    for module in PAPER:
+        names = {node.id for node in ast.walk(ast.parse(path_of(module).read_text())) if isinstance(node, ast.Name)}
+        assert "Config" not in names
+
+
+def test_imports_are_read_from_anywhere_in_a_file():
+    """The negative control: an import inside a function, and of a submodule, is found."""
+    tree = ast.parse("def f():\n    from lab import rules\n    import harness.cli")
+    assert imports(tree) == {"lab", "lab.rules", "harness.cli"}
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("madsim", ("torch", "pandas", "sklearn")),
+        ("harness.cli", ("torch", "pandas", "sklearn", "matplotlib")),
+        ("trust", ("torch", "sklearn")),
+        ("data", ("torch",)),
+        ("plot", ("torch", "pandas", "matplotlib")),
+    ],
+)
+def test_heavy_packages_are_imported_where_they_are_used(module, absent):
+    code = f"import sys, {module}; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True).stdout
+    assert not set(absent) & set(loaded.split())

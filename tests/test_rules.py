@@ -1,0 +1,156 @@
+"""lab/rules.py: every aggregation rule, with numbers worked by hand."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lab import rules
+from lab.rules import RULES
+from trust import aggregate
+
+
+def column(*values: float) -> np.ndarray:
+    """Clients with a single weight each: W [C, 1]."""
+    return np.array(values, float)[:, None]
+
+
+ROWS = np.array([[0.0, 0.0], [1.0, 2.0], [2.0, 1.0], [9.0, 9.0]])  # three near each other, one apart
+ONES = np.ones(4)
+
+
+def test_the_median_by_hand():
+    assert rules.median(ROWS, ONES, 1).tolist() == [1.5, 1.5]
+    assert rules.median(ROWS[:3], ONES[:3], 1).tolist() == [1, 1]
+    assert rules.median(column(1, 1, 1, 9), ONES, 0).tolist() == [1]  # ties, and f = 0
+
+
+def test_the_trimmed_mean_by_hand():
+    # f = 1: each column without its least and its greatest value, (1 + 2) / 2
+    assert rules.trimmed_mean(ROWS, ONES, 1).tolist() == [1.5, 1.5]
+    assert rules.trimmed_mean(ROWS, ONES, 0).tolist() == [3, 3]  # f = 0: the plain mean
+    assert rules.trimmed_mean(column(1, 9, 1, 9), ONES, 1).tolist() == [5]  # ties: one of each goes
+    with pytest.raises(ValueError, match="trimmed_mean needs 5 clients to withstand 2 malicious ones; there are 4"):
+        rules.trimmed_mean(ROWS, ONES, 2)
+
+
+def test_krum_by_hand():
+    # n = 4, f = 0: the 2 nearest. Squared distances: 01 5, 02 5, 12 2, 03 162, 13 113, 23 113.
+    assert rules.krum_scores(ROWS, 0).tolist() == pytest.approx([10, 7, 7, 226])
+    assert rules.krum(ROWS, ONES, 0).tolist() == [1, 2]  # a tie with the third, broken by order
+    # n = 5, f = 1: again the 2 nearest; the doubled outlier has itself at distance 0, and 113 as the second
+    five = np.vstack([ROWS, ROWS[3]])
+    assert rules.krum_scores(five, 1).tolist() == pytest.approx([10, 7, 7, 113, 113])
+    assert rules.multi_krum(five, np.ones(5), 1).tolist() == [3, 3]  # the mean of the first four
+    assert rules.multi_krum(ROWS, ONES, 0).tolist() == [3, 3]  # f = 0: everybody
+    with pytest.raises(ValueError, match="krum needs 5 clients to withstand 1 malicious ones; there are 4"):
+        rules.krum(ROWS, ONES, 1)
+
+
+def test_the_geometric_median_by_hand():
+    # On a line it is the weighted median; of the corners of a square, the middle; a majority holds it fast.
+    line = column(0, 1, 10)
+    assert rules.geometric_median(line, np.ones(3), 0) == pytest.approx([1], abs=1e-4)
+    assert rules.geometric_median(line, np.array([1.0, 1, 5]), 0) == pytest.approx([10], abs=1e-4)
+    for nearly_half in (1.95, 1.99):  # the steps are slow where one row has nearly half of the weight
+        assert rules.geometric_median(line, np.array([1, 1, nearly_half]), 0) == pytest.approx([1], abs=1e-3)
+        assert rules.geometric_median(line, np.array([1, 1, 4 - nearly_half]), 0) == pytest.approx([10], abs=1e-3)
+    square = np.array([[0.0, 0], [0, 2], [2, 0], [2, 2]])
+    assert rules.geometric_median(square, ONES, 0) == pytest.approx([1, 1])
+    assert rules.geometric_median(np.vstack([ROWS[:1]] * 3 + [ROWS[3:]]), ONES, 0) == pytest.approx([0, 0], abs=1e-4)
+
+
+@given(st.integers(0, 10**6), st.integers(3, 9))
+@settings(max_examples=30, deadline=None)
+def test_nothing_near_the_geometric_median_is_nearer_to_all(seed, clients):
+    rng = np.random.default_rng(seed)
+    W, weights = rng.normal(size=(clients, 5)), rng.uniform(0.5, 2, clients)
+    best = rules.geometric_median(W, weights, 0)
+
+    def total(point):
+        return weights @ np.linalg.norm(W - point, axis=1)
+
+    for step in rng.normal(size=(20, 5)):
+        assert total(best + 0.05 * step) > total(best) - 1e-6
+
+
+@pytest.mark.parametrize("far", [1e6, 1e12, 1e20, 1e30])
+def test_how_far_the_outliers_lie_is_nothing_to_the_geometric_median(far):
+    """Only their direction is: two of ten at the far ends of an axis pull it equally, and cancel."""
+    W = np.random.default_rng(0).normal(size=(10, 3))
+    W[:2] = [[far, far, far], [-far, -far, -far]]
+    best = rules.geometric_median(W, np.ones(10), 0)
+    assert best == pytest.approx(rules.geometric_median(W[2:], np.ones(8), 0), abs=1e-5)
+
+
+def test_norm_clipping_by_hand():
+    # lengths 1, 2, 3, 100: the median is 2.5, so the last two become 2.5 long
+    U = np.diag([1.0, 2.0, 3.0, 100.0])
+    assert rules.norm_clipping(U, ONES, 1) == pytest.approx([0.25, 0.5, 0.625, 0.625])
+    assert rules.norm_clipping(U, np.array([1.0, 1, 1, 0]), 1) == pytest.approx([1 / 3, 2 / 3, 2.5 / 3, 0])
+    assert rules.norm_clipping(np.zeros((3, 2)), np.ones(3), 0).tolist() == [0, 0]  # nobody has moved
+
+
+def last_layers(*rows: tuple[float, float]) -> np.ndarray:
+    """Changes [n, 70] that differ in two weights of the last layer, and by client number in the first weight."""
+    U = np.zeros((len(rows), 70))
+    U[:, 0] = np.arange(len(rows))
+    U[:, 4:6] = rows  # LAST_LAYER begins at 70 - 66
+    return U
+
+
+def test_lfighter_by_hand():
+    # Two who are alike (cosine 1) against three at right angles and opposite: dissimilarity 2/5 (1 - 0) = 0.4 against
+    # 3/5 (1 - (-1 -1 - 0.6) / 3), as the least cosines are -1, -1 and -0.6.
+    U = last_layers((9, 9), (9, 9.01), (1, 0), (-1, 0), (-0.6, -0.8))
+    assert rules.lfighter(U, np.ones(5), 2)[0] == pytest.approx((2 + 3 + 4) / 3)
+    assert rules.lfighter(U, np.array([1.0, 1, 1, 1, 2]), 2)[0] == pytest.approx((2 + 3 + 2 * 4) / 4)
+    assert rules.lfighter(last_layers((1, 1), (1, 1), (1, 1)), np.ones(3), 1)[0] == 1  # no difference: everybody
+    assert rules.lfighter(last_layers((1, 0)), np.ones(1), 0)[0] == 0  # one client
+    four = last_layers((9, 9), (9, 9.01), (1, 0), (-1, 0))  # 2/4 (1 - 1) against 2/4 (1 - (-1))
+    assert rules.lfighter(four, ONES, 2)[0] == pytest.approx(2.5) == rules.lfighter(four, ONES, 0)[0]
+    tie = last_layers((9, 0), (9, 0), (1, 0), (1, 0))  # either cluster is wholly alike: the first client's is taken
+    assert rules.lfighter(tie, ONES, 2)[0] == pytest.approx(0.5)
+
+
+def test_the_last_layer_is_the_networks():
+    from model import PARAMETERS, SHAPES
+
+    *_, weight, bias = SHAPES
+    assert (weight, bias) == ("output.weight", "output.bias")
+    row = np.arange(PARAMETERS)[rules.LAST_LAYER]
+    assert len(row) == SHAPES[weight].numel() and row[-1] == PARAMETERS - 1 - SHAPES[bias].numel()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_is_fedavg_of_equal_models_and_moves_with_them(rule):
+    """Equal models give themselves; shifted models and global weights give the shifted average; in W's precision."""
+    rng = np.random.default_rng(0)
+    everybody, before = np.ones(7, bool), rng.normal(size=80).astype(np.float32)
+    same = np.tile(before + 1, (7, 1))
+    assert aggregate(same, np.ones(7), everybody, RULES[rule], 2, before) == pytest.approx(before + 1, abs=1e-6)
+    W = rng.normal(size=(7, 80)).astype(np.float32)
+    w = aggregate(W, np.ones(7), everybody, RULES[rule], 2, before)
+    moved = aggregate(W + 3, np.ones(7), everybody, RULES[rule], 2, before + 3)
+    assert w.dtype == np.float32 and moved == pytest.approx(w + 3, abs=1e-5)
+    order = rng.permutation(7)
+    assert aggregate(W[order], np.ones(7), everybody, RULES[rule], 2, before) == pytest.approx(w, abs=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["median", "trimmed_mean", "krum", "multi_krum", "geometric_median", "norm_clipping"])
+def test_a_robust_rule_withstands_what_ruins_the_mean(rule):
+    rng = np.random.default_rng(0)
+    W = rng.normal(size=(10, 80))
+    W[:2] = 1e6
+    everybody = np.ones(10, bool)
+    assert np.abs(aggregate(W, np.ones(10), everybody, RULES[rule], 2, np.zeros(80))).max() < 10
+    assert np.abs(aggregate(W, np.ones(10), everybody, RULES["mean"], 2)).max() > 1e5
+
+
+def test_who_is_excluded_is_no_longer_withstood():
+    """Five clients and f = 1: krum needs 5. With one excluded, f = 0 and 4 are enough."""
+    W = np.vstack([ROWS, [[50.0, 50.0]]])
+    active = np.array([True] * 4 + [False])
+    assert aggregate(W, np.ones(5), active, RULES["krum"], 1).tolist() == [1, 2]
+    with pytest.raises(ValueError, match="needs 5 clients to withstand 1"):
+        aggregate(W[:4], np.ones(4), active[:4], RULES["krum"], 1)

@@ -86,35 +86,31 @@ class Config:
     attack: str = setting("label_flip", "what malicious clients do, see --list", "paper", choices=ATTACKS)
     flip: float = setting(1.0, "share of its labels that a malicious client flips", "paper", low=0, high=1)
     attack_start: int = setting(1, "round from which malicious clients attack", "paper", low=1)
-    attack_period: int | None = setting(
-        None, "rounds of attack, then as many of pause (default: no pause)", "paper", low=1
-    )
+    attack_period: int | None = setting(None, "attack for N rounds, pause for N (default: no pause)", "paper", low=1)
     partition: str = setting("iid", "how images are dealt to the clients, see --list", "paper", choices=PARTITIONS)
     concentration: float = setting(
-        0.5, "concentration of the Dirichlet distribution", "Li et al. 2022", low=1e-3, option="alpha"
+        0.5, "alpha of the Dirichlet distribution", "Li et al. 2022", low=1e-3, option="alpha"
     )
     rule: str = setting("mean", "how the active models are aggregated, see --list", "paper", choices=RULES)
     epochs: int = setting(1, "local epochs per round", "testbed", low=1, high=100)
     batch_size: int = setting(20, "images per local step", "testbed", low=1)
     lr: float = setting(1e-3, "learning rate of Adam", "testbed", low=0, high=1e30)  # float32 ends at 3e38
-    membership: int | None = setting(None, "rounds between measurements of membership inference", "ours", low=1)
+    membership: int | None = setting(None, "rounds between membership inference measurements", "ours", low=1)
     method: str = setting("stacked", "train all clients at once, or in a loop", "ours", choices=("stacked", "loop"))
     dataset: str = setting("auto", "auto: the phantom without PneumoniaMNIST", "ours", choices=data.DATASETS)
-    data_root: str | None = setting(None, f"folder of {data.FILE} (default: MADSIM_DATA, else medmnist's)", "ours")
+    data_root: str | None = setting(None, f"folder of {data.FILE} (default: MADSIM_DATA or medmnist's)", "ours")
     seed: int = setting(0, "determines everything random", "ours", low=0, high=2**63 - 1)
     device: str = setting("auto", "auto: cuda if there is one", "ours", choices=("auto", "cpu", "cuda"))
-    threads: int | None = setting(
-        None, "threads per run (default: all; several runs share them)", "ours", low=1, high=1024
-    )
+    threads: int | None = setting(None, "threads per run (default: all, shared by several)", "ours", low=1, high=1024)
     settings: Settings = field(default=PRESETS["paper"], metadata={"help": "MAD's settings"})
 
     def __post_init__(self):
         check_limits(self)
         need(self.rule, self.clients, data.malicious_count(self.clients, self.malicious))
         for name in ("mad_start", "attack_start", "membership"):
-            if (getattr(self, name) or 1) > self.rounds:
-                beyond = f"{name} {getattr(self, name)} lies beyond the {self.rounds} rounds"
-                raise ValueError(f"{beyond}; use 1 to {self.rounds}")
+            value = getattr(self, name)
+            if value and value > self.rounds:
+                raise ValueError(f"{name} {value} lies beyond the {self.rounds} rounds; use 1 to {self.rounds}")
         if self.flip != Config.flip and ATTACKS[self.attack].poison is None:
             raise ValueError(f"flip {self.flip} changes nothing: attack {self.attack} flips no labels")
         if self.partition == "iid" and self.concentration != Config.concentration:

@@ -232,11 +232,10 @@ def batch_losses(
 
 
 def record(function: Callable, *arguments: Tensor) -> Callable:
-    """Record the operations that the function runs for arguments of these shapes.
+    """Record the operations that the function runs for arguments of these shapes; every step replays them.
 
-    vmap and autograd walk through the network in Python, which takes longer than the arithmetic. So they do it once per
-    size, and every step replays the recorded operations. PyTorch calls torch.jit deprecated. Without its trace the
-    recording would run from Python and be about 20 % slower.
+    vmap and autograd walk through the network in Python, which takes longer than the arithmetic. torch.jit is called
+    deprecated, but without its trace the recording would be about 20 % slower.
     """
     operations = make_fx(function)(*arguments)
     with warnings.catch_warnings():
@@ -370,11 +369,10 @@ def metrics_by_client(logits: Tensor, labels: Tensor, owner: np.ndarray) -> tupl
 class Clients:
     """The clients of a run and their data on the device: what a round asks of them.
 
-    `train` is the images uint8 [n, 28, 28], their labels int64 [n], and the labels under attack. `shares` has one
-    data.Share per client: the numbers of its images, and whether it is malicious. `test` is the test images and labels.
-    `attacking(t)` says whether the malicious clients attack in round t. `submit(W [m, P], w [P], honest [h, P], rng)`
-    is what they then submit. `training` are the options of `train_clients`. Raises ValueError for the device cuda on a
-    machine without one.
+    `train` is the images uint8 [n, 28, 28], their labels int64 [n], and the labels under attack. `test` is the test
+    images and labels. `shares` has one data.Share per client. `attacking(t)` says whether the malicious clients attack
+    in round t, and `submit(W [m, P], w [P], honest [h, P], rng)` is what they then submit. `training` are the options
+    of `train_clients`. Raises ValueError for the device cuda on a machine without one.
     """
 
     def __init__(

@@ -70,8 +70,7 @@ def _plot_curve(ax: Axes, runs: Sequence[Run], column: str, subject: str, unit: 
 def plot_honest_accuracy(ax: Axes, runs: Sequence[Run]) -> None:
     """Fig. 3(c): mean accuracy (0 to 1) of the honest clients. Each round is light, the running mean is strong.
 
-    The running mean does not cross the MAD start, so that no curve rises before MAD starts. Runs that differ only in
-    their seed share a line, as in Fig. 3(a): the mean of their running means.
+    The running mean does not cross the MAD start, so that no curve rises before MAD starts. Bands are as in Fig. 3(a).
     """
     window = max(run.recorded for run in runs) // 20 | 1
     subject = f"Mean accuracy of honest clients: each round (light), running mean, window {window} (strong)"

@@ -19,6 +19,7 @@ LLOYD_STEPS = 300  # the most steps, as in scikit-learn
 
 Array = NDArray[np.floating]
 Mask = NDArray[np.bool_]
+Rule = Callable[[Array, Array, int], Array]  # rule(W [n, P], weights [n], f) -> w [P]; see lab/rules.py
 
 
 def setting(default: Any, text: str, source: str, **limits: Any) -> Any:
@@ -53,32 +54,20 @@ class Settings:
     """
 
     clusters: int = setting(2, "K of K-means; with 1, all clients are the main cluster", "ours", choices=(1, 2))
-    silhouette: float = setting(
-        0.25, "a split is real above this mean silhouette", "Kaufman and Rousseeuw 1990", low=-1, high=1
-    )
+    silhouette: float = setting(0.25, "mean silhouette of a real split", "Kaufman and Rousseeuw 1990", low=-1, high=1)
     outlying: float = setting(1.25, "a group is outlying beyond this many spreads", "ours, measured", low=0)
-    scale_floor: float = setting(
-        2.5, "without a group, d = 0 lies this many spreads away; 0: min-max", "ours, measured", low=0
-    )
-    floored: str = setting(
-        "ungrouped", "the scale floor holds without a group, or always", "ours", choices=("ungrouped", "always")
-    )
+    scale_floor: float = setting(2.5, "without a group, spreads at which d = 0; 0: min-max", "ours, measured", low=0)
+    floored: str = setting("ungrouped", "when the scale floor holds", "ours", choices=("ungrouped", "always"))
     alpha: float = setting(0.5, "d from which R rises, eq. (2)", "paper", low=0, high=1, option="alpha-reputation")
     beta_reputation: float = setting(0.75, "smoothing of reputation, eq. (4)", "paper", low=0, high=1)
     beta_trust: float = setting(0.85, "smoothing of trust, eq. (6)", "paper", low=0, high=1)
     threshold: float = setting(0.15, "trust below which a client is excluded", "testbed", low=0, high=1)
     equation2: str = setting("printed", "eq. (2) as printed, or the testbed's", "paper", choices=("printed", "testbed"))
     order: str = setting("clip-smooth", "order of eqs. (3) and (4)", "paper", choices=("clip-smooth", "smooth-clip"))
-    excluded: str = setting(
-        "dropped", "excluded clients leave, or are still scored", "paper", choices=("dropped", "observed")
-    )
+    excluded: str = setting("dropped", "excluded clients leave or are scored", "paper", choices=("dropped", "observed"))
     decision: str = setting("same", "exclude in the same round, or in the next", "ours", choices=("same", "next"))
-    first: str = setting(
-        "threshold", "first exclusion: all below the threshold, or the lowest", "paper", choices=("threshold", "lowest")
-    )
-    nobody_left: str = setting(
-        "keep", "if none would be left: keep all active, or average all", "ours", choices=("keep", "everybody")
-    )
+    first: str = setting("threshold", "whom the first exclusion hits", "paper", choices=("threshold", "lowest"))
+    nobody_left: str = setting("keep", "whom to average if none is left", "ours", choices=("keep", "everybody"))
 
     def __post_init__(self):
         check_limits(self)
@@ -310,12 +299,7 @@ def mean(W: Array, weights: Array, f: int) -> Array:
 
 
 def aggregate(
-    W: Array,
-    weights: Array,
-    active: Mask,
-    rule: Callable[[Array, Array, int], Array] = mean,
-    f: int = 0,
-    before: Array | None = None,
+    W: Array, weights: Array, active: Mask, rule: Rule = mean, f: int = 0, before: Array | None = None
 ) -> Array:
     """The next global weights w [P]: the `rule` applied to the active rows of W [C, P], in W's precision.
 

@@ -11,12 +11,13 @@ import sys
 from concurrent.futures import BrokenExecutor
 from dataclasses import asdict, fields, replace
 from difflib import get_close_matches
+from itertools import product
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 import data
-from harness.console import common_folder, introduce, list_names, report, report_seeds, script, way_on
-from harness.folder import CHECKPOINT, complete, data_md5, hollow, identity, refuse_changes, refuse_folder, seeds_in
+from harness.console import introduce, list_names, report, report_seeds, script, way_on
+from harness.folder import CHECKPOINT, complete, data_md5, hollow, identity, refuse_changes, refuse_folder
 from harness.jobs import simulate_all, workers
 from lab.experiments import EXPERIMENTS, PAPER, tabulate, tidy
 from madsim import Config, Result, gather, simulate
@@ -123,13 +124,10 @@ def plan(given: dict[str, Any]) -> dict[Path, Config]:
         base = configure(given, Config())
         starts = given.get("mad_start", [None])
         groups = {given.get("out", Path("results")): [replace(base, mad_start=start) for start in starts]}
-    runs = [
-        (folder, replace(config, seed=seed))
-        for folder, configs in groups.items()
-        for seed in seeds_of(given)
-        for config in configs
-    ]
-    return {folder / config.name: config for folder, config in runs}
+    runs: dict[Path, Config] = {}
+    for (folder, configs), seed in product(groups.items(), seeds_of(given)):
+        runs |= {folder / run.name: run for run in (replace(config, seed=seed) for config in configs)}
+    return runs
 
 
 def plan_experiments(given: dict[str, Any]) -> dict[Path, dict[tuple[str, str], Config]]:
@@ -157,10 +155,8 @@ def check_execution(given: dict[str, Any]) -> None:
     for name in ("seeds", "jobs"):
         if not 1 <= given.get(name, 1) <= MOST_RUNS:
             raise ValueError(f"{name} {given[name]} must be at least 1 and at most {MOST_RUNS}")
-    if "scheduler" in given and given.get("backend") != "dask":
-        raise ValueError("--scheduler needs --backend dask")
-    if given.get("backend") == "dask" and "scheduler" not in given:
-        raise ValueError("--backend dask needs --scheduler ADDRESS")
+    if ("scheduler" in given) != (given.get("backend") == "dask"):
+        raise ValueError("--backend dask and --scheduler ADDRESS need each other")
     if "scheduler" in given and "jobs" in given:
         raise ValueError("--jobs is for this machine; a Dask cluster has a fixed number of workers")
 
@@ -176,8 +172,7 @@ def configure(given: dict[str, Any], base: Config) -> Config:
 def plan_resumed(given: dict[str, Any]) -> dict[Path, Config]:
     """The runs in the folders of --resume, with the settings that they were begun with.
 
-    Other options may be given if they agree with these settings. Raises ValueError if they do not, and for options of
-    new runs.
+    Raises ValueError for options that differ from these settings, and for options of new runs.
     """
     check_execution(given)
     for name in ("seeds", "experiment", "overwrite", "out", "quick"):
@@ -202,9 +197,8 @@ def plan_resumed(given: dict[str, Any]) -> dict[Path, Config]:
 def make_ready(planned: dict[Path, Config], given: dict[str, Any]) -> tuple[dict[Path, Config], data.Dataset]:
     """The planned runs that are not complete, and the data set.
 
-    Several runs, or an experiment, continue the runs that an earlier call has made. Other folders in the way are
-    removed if they may be replaced. That happens last, so that an invalid command removes nothing. Raises ValueError
-    for a folder that may not be replaced or that holds another run.
+    Several runs, or an experiment, continue those of an earlier call. Folders that may be replaced are removed last, so
+    that an invalid command removes nothing. Raises ValueError for a folder that may not be replaced.
     """
     overwrite, resume = "overwrite" in given, "resume" in given
     continues = ("experiment" in given or len(planned) > 1) and not overwrite
@@ -284,13 +278,15 @@ def report_all(planned: dict[Path, Config], results: dict[Path, Result]) -> None
     if len({kind for _, kind, _ in cells}) < len(cells):
         report_seeds(tidy(cells))
     if there and (results or len(planned) > 1):
-        print(f"Figures      python {script('plot.py')} {common_folder(there)}")
+        whole = os.path.commonpath([folder.absolute() for folder in there])
+        print(f"Figures      python {script('plot.py')} {str(*there) if len(there) == 1 else os.path.relpath(whole)}")
 
 
 def tabulate_all(given: dict[str, Any], md5: str) -> None:
     """Write and print the tables of the experiments. They include the runs of earlier calls on the same data."""
     for folder, cells in plan_experiments(given).items():
-        seeds = sorted({*seeds_of(given), *seeds_in(folder)})
+        there = [int(found[1]) for path in folder.iterdir() if (found := re.search(r"-s(\d+)$", path.name))]
+        seeds = sorted({*seeds_of(given), *there})
         runs = [(folder / replace(run, seed=seed).name, *cell) for cell, run in cells.items() for seed in seeds]
         runs = [run for run in runs if (run[0] / CHECKPOINT).is_file() and data_md5(run[0]) == md5]
         asked = {name: value for name, value in given.items() if name not in NOT_RESULTS} | {"experiment": folder.name}

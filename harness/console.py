@@ -90,12 +90,6 @@ def minutes(seconds: float) -> str:
     return f"{round(seconds / 60)} minute{'s' * (round(seconds / 60) > 1)}"
 
 
-def common_folder(folders: Collection[Path]) -> str:
-    """The folder of a single run, or the nearest folder that holds all of several runs."""
-    whole = os.path.commonpath([folder.absolute() for folder in folders])
-    return str(*folders) if len(folders) == 1 else os.path.relpath(whole)
-
-
 def report(result: Any, folder: Path) -> None:
     """Print the summary of a `madsim.Result`."""
     s, rounds = result.summary, result.rounds

@@ -1,7 +1,4 @@
-"""What all figures share: colours and line styles, lines over several seeds, and the files.
-
-Nothing here uses pyplot: figures need no display, and are freed after use.
-"""
+"""What all figures share: colours and line styles, lines over several seeds, and the files. Nothing uses pyplot."""
 
 from __future__ import annotations
 

@@ -1,14 +1,11 @@
 """A run's folder: files that survive a kill and are checked when they are read.
 
-Files are replaced as a whole, a run locks its folder while it goes on, and a checkpoint is checked before it is used.
-The functions raise ValueError for damaged files and for other files than the expected ones, and OSError for files that
-can't be read or written.
+The functions raise ValueError for damaged or unexpected files, and OSError for files that can't be read or written.
 """
 
 import json
 import math
 import os
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -47,11 +44,6 @@ def data_md5(folder: Path) -> str | None:
     return about.get("md5") if isinstance(about, dict) else None
 
 
-def seeds_in(folder: Path) -> list[int]:
-    """The seeds of the runs in a folder, from the names of their folders."""
-    return [int(found[1]) for path in folder.iterdir() if (found := re.search(r"-s(\d+)$", path.name))]
-
-
 def refuse_folder(folder: Path, replaceable: bool) -> None:
     """Raise ValueError if an existing folder may not be replaced, is not a run's folder, or is being written."""
     if not replaceable:
@@ -81,10 +73,7 @@ def lock(file: Any) -> None:
 
 
 def identity(about: dict) -> dict:
-    """The settings that a resumed run must keep, from a Config as a dict or from config.json.
-
-    These are all settings except the folder of the data and the number of threads.
-    """
+    """The settings that a resumed run must keep, from a Config as a dict or from config.json."""
     apart = {"settings", "data_root", "threads", "command", "git", "versions", "machine", "data", "resumed"}
     return {name: value for name, value in (about | about["settings"]).items() if name not in apart}
 
@@ -121,10 +110,9 @@ def check_kinds(arrays: dict[str, np.ndarray], kinds: dict[str, np.ndarray]) -> 
     if lacking := (kinds.keys() | {"run"}) - arrays.keys():
         raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
     for name, kind in kinds.items():
-        if arrays[name].dtype != kind.dtype or arrays[name].ndim != kind.ndim:
-            raise ValueError(f"{name} is {arrays[name].dtype} with {arrays[name].ndim} axes")
-        if name not in ("seconds", "kept_rounds") and arrays[name].shape != kind.shape:
-            raise ValueError(f"{name} has shape {arrays[name].shape}, not {kind.shape}")
+        array, any_length = arrays[name], name in ("seconds", "kept_rounds")
+        if array.dtype != kind.dtype or array.ndim != kind.ndim or (array.shape != kind.shape and not any_length):
+            raise ValueError(f"{name} is {array.dtype} {list(array.shape)}, not {kind.dtype} {list(kind.shape)}")
     if len(arrays["seconds"]) != arrays["round"]:
         raise ValueError(f"{len(arrays['seconds'])} rounds were timed, not {arrays['round']}")
 

@@ -17,9 +17,8 @@ CONNECT_SECONDS = 10  # ours: the time that a cluster's scheduler has to answer
 def simulate_all(simulate: Callable, runs: dict[Path, Any], dataset: Any, jobs: int, cluster: bool = False) -> list:
     """The Result of `simulate` for each of the `runs`, which are Configs by their folders.
 
-    A single run uses all threads. Several runs are processes that share the cores, or jobs on the `cluster` that joblib
-    was given (see `workers`). A run continues if its folder has a checkpoint. If one of several runs fails, its place
-    in the list holds its ValueError or FloatingPointError, and the others continue.
+    A single run uses all threads. Several runs are processes that share the cores, or jobs on the `cluster` of
+    `workers`. A run continues if its folder has a checkpoint. If one of several fails, the list holds its error.
     """
     if not runs:
         return []
@@ -52,9 +51,8 @@ def attempt(simulate: Callable, config: Any, folder: Path, dataset: Any, command
 def workers(scheduler: str | None) -> Iterator[None]:
     """Inside this block, joblib's Parallel runs on the Dask cluster at an address (None: on this machine).
 
-    The workers of the cluster see the same folders and find these modules. Each has one thread, because PyTorch keeps
-    its number of threads and its random state per process. Raises ValueError for workers with several threads, and
-    OSError for a cluster that does not answer.
+    Raises ValueError for workers with several threads, because PyTorch keeps its number of threads and its random state
+    per process. Raises OSError for a cluster that does not answer.
     """
     if scheduler is None:
         yield

@@ -50,8 +50,7 @@ SLOW_AFTER = 5  # ours: the number of slow rounds after which the terminal says 
 class Log:
     """Writes a run's folder while the run goes on, shows the progress bar, and keeps the rows for the `Result`.
 
-    It gets the run's Config, its Dataset and its Clients (`members`). `out` is the folder (None: nothing is written).
-    `resume` means that the folder holds an interrupted run, which continues. `show` means a progress bar.
+    `members` are the run's Clients. The other arguments are those of `madsim.simulate`.
     """
 
     last: tuple[np.ndarray, State, np.ndarray]  # the last recorded global weights [P], State, and marks of the tables
@@ -62,13 +61,11 @@ class Log:
         self.rounds = Table("rounds.csv", ROUND_COLUMNS, self.out, config.rounds)
         self.clients = Table("clients.csv", CLIENT_COLUMNS, self.out, config.rounds, rows=config.clients)
         self.membership = self.plane = None
-        if config.membership:
+        if every := config.membership:
             from lab.privacy import MembershipInference
 
             self.inference = MembershipInference(members)
-            self.membership = Table(
-                "membership.csv", MEMBERSHIP_COLUMNS, self.out, config.rounds, every=config.membership
-            )
+            self.membership = Table("membership.csv", MEMBERSHIP_COLUMNS, self.out, config.rounds, every=every)
         if config.clients <= SHOWN_CLIENTS:
             self.plane = Table("plane.csv", PLANE_COLUMNS, self.out, config.rounds, rows=config.clients)
         self.tables = [table for table in (self.rounds, self.clients, self.membership, self.plane) if table]
@@ -114,10 +111,10 @@ class Log:
             table.create()
 
     def _reopen(self, w: np.ndarray, scores: State) -> tuple[np.ndarray, State]:
-        """Put the folder back to the state of its checkpoint; returns the checkpoint's weights and scores.
+        """Put the folder back to its checkpoint; returns the checkpoint's weights and scores.
 
-        `w` and `scores` are those of a new run: the arrays of a checkpoint have the same types and shapes. Raises
-        ValueError if the folder belongs to another run, or if its files were changed.
+        Its arrays have the types and shapes of the `w` and `scores` of a new run. Raises ValueError for the folder of
+        another run and for files that were changed.
         """
         assert self.out, "only a run with a folder can be resumed"
         kinds = {"w": w, "marks": self.last_marks(), "seconds": np.zeros(0), "kept_rounds": np.zeros(0, int)}
@@ -254,10 +251,9 @@ class Log:
 
 
 class Table:
-    """Rows of numbers in memory and, with a `folder`, in a CSV file that is written at once. NaN is an empty field.
+    """Rows of numbers in memory and, with a `folder`, in a CSV file. NaN is an empty field.
 
-    `rows` rows are due every `every` rounds. `mark` is the size of the file in bytes and their CRC-32. A checkpoint
-    keeps the mark, and `reopen` checks it.
+    `rows` rows are due every `every` rounds. A checkpoint keeps the `mark`: the size and the CRC-32 of the file.
     """
 
     def __init__(self, name: str, columns: list[str], folder: Path | None, rounds: int, rows: int = 1, every: int = 1):
@@ -286,12 +282,12 @@ class Table:
         content = self.file.read(size)
         if len(content) != size or zlib.crc32(content) != crc:
             raise ValueError(f"{self.path} was changed or cut short since the checkpoint; the run can't continue")
-        lines = io.TextIOWrapper(io.BytesIO(content))
-        if next(lines, "").strip() != ",".join(self.columns) or content.count(b"\n") > len(self.values) + 1:
+        head, *lines = content.decode().splitlines() or [""]
+        if head != ",".join(self.columns) or len(lines) > len(self.values):
             raise ValueError(f"{self.path} has other columns or more rows than its run")
         for row, line in enumerate(lines):
-            self.values[row] = [float(value or "nan") for value in line.rstrip("\n").split(",")]
-        self.mark, self.filled = (size, crc), content.count(b"\n") - 1
+            self.values[row] = [float(value or "nan") for value in line.split(",")]
+        self.mark, self.filled = (size, crc), len(lines)
 
     def cut(self) -> None:
         """Drop what follows the mark: rows after the checkpoint, of which the last may be incomplete."""
@@ -331,11 +327,10 @@ class Table:
 
 
 def plane(W: Array, spread: float, settings: Settings, before: Array) -> Array:
-    """The rows of W [n, P] as points [n, 2] of a plane, for the player. Lengths are in units of the weights.
+    """The rows of W [n, P] as points [n, 2] in the plane of their two principal components, in units of the weights.
 
-    It is the plane of the two principal components. The centre of the main cluster lies at (0, 0). `before` [n, 2] are
-    the points of the previous round (NaN: unknown). The new points are turned towards them, so that models that do not
-    move stay in place (Schoenemann 1966).
+    The centre of the main cluster lies at (0, 0). The points are turned towards those of the round `before` [n, 2]
+    (NaN: unknown), so that models that do not move stay in place (Schoenemann 1966).
     """
     from scipy.linalg import orthogonal_procrustes
 
@@ -414,9 +409,8 @@ def held(membership: Any, clients: Any, client: int) -> dict | None:
 def jump(clients: Any, t: int) -> dict[str, Any]:
     """The change of the participants' mean loss and accuracy at the exclusion in round t, split into two parts.
 
-    `composition` is the part that comes from averaging over fewer clients: the last round's model on the clients that
-    stay, minus the same model on all clients that took part then. `model` is the part that comes from the new model:
-    this round's model minus the last round's, both on the clients that stay.
+    `composition`: the last round's model on the clients that stay, minus the same model on all clients of that round.
+    `model`: this round's model minus the last round's model, both on the clients that stay.
     """
     before, after = (clients[clients["round"] == r].set_index("client") for r in (t - 1, t))
     were, stay = before.active == 1, after.active == 1

@@ -3,8 +3,6 @@
 Their templates lie in pages/.
 """
 
-from __future__ import annotations
-
 import base64
 import html
 import json
@@ -12,13 +10,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from harness.folder import plain
 from harness.runs import CURVES, Run, by_start, read_table, strategy, title
-
-if TYPE_CHECKING:
-    from pandas import Series
 
 TEMPLATES = Path(__file__).parent / "pages"
 PAGE_BYTES = 2_500_000  # of the numbers in a page that plays a run
@@ -51,8 +48,6 @@ def play(run: Run) -> str:
     A long run with many clients is shown in selected rounds, see `frames`. Raises ValueError if the run has recorded
     nothing to play.
     """
-    import numpy as np
-
     points = read_table(run.folder / "plane.csv", ["round", "client"], ["x", "y"])
     clients = run.clients.merge(points, on=["round", "client"]).drop_duplicates(["round", "client"])
     curves = run.rounds.drop_duplicates("round").set_index("round")
@@ -85,25 +80,21 @@ def play(run: Run) -> str:
     return page.replace(">{}</script>", f">{run_json}</script>", 1)
 
 
-def reaches(far: Series) -> Series:
+def reaches(far: Any) -> Any:
     """The extent of the drawing in each round: one of the STEPS times a power of ten.
 
     It holds the farthest models (`far`, by round) of the five rounds before and after, so that it changes seldom.
     """
-    import numpy as np
-
     far = far.replace(0, np.nan).rolling(11, center=True, min_periods=1).max().fillna(1)
     power = 10 ** np.floor(np.log10(far))
     return power * np.array(STEPS)[np.searchsorted(STEPS, far / power)]
 
 
-def frames(rounds: list[int], clients: int, excluded: Series) -> list[int]:
+def frames(rounds: list[int], clients: int, excluded: Any) -> list[int]:
     """The rounds that a page shows: all, or an even selection if all would take more than PAGE_BYTES.
 
     A selection holds the first round, the last round, and all rounds in which clients were `excluded`.
     """
-    import numpy as np
-
     room = max(2, PAGE_BYTES // (22 * clients + 40) - len(excluded))  # bytes per client and per round
     even = {rounds[i] for i in np.linspace(0, len(rounds) - 1, min(room, len(rounds))).round().astype(int)}
     return sorted(map(int, even | set(excluded)))

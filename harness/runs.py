@@ -12,13 +12,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from harness.folder import read_json
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-    from pandas import DataFrame
+DataFrame = Any  # pandas', which is imported where it is used
 
 CURVES = ("loss", "accuracy", "honest_accuracy")
 SCORES = ("reputation", "trust")
@@ -160,14 +161,9 @@ def read_table(path: Path, keys: Sequence[str], values: Sequence[str]) -> DataFr
     columns = [*keys, *values]
     text = path.read_text(errors="replace") if path.is_file() else ""
     complete = text[: text.rfind("\n") + 1].strip()  # a run killed while writing leaves a torn last line
-    options: dict[str, Any] = {
-        "index_col": False,
-        "on_bad_lines": "skip",
-        "quoting": csv.QUOTE_NONE,
-        "low_memory": False,
-    }
+    options: dict[str, Any] = {"index_col": False, "on_bad_lines": "skip", "quoting": csv.QUOTE_NONE}
     with warnings.catch_warnings(action="ignore"):  # pandas warns of rows that are longer than the heading
-        table = pd.read_csv(io.StringIO(complete or ",".join(columns)), **options)
+        table = pd.read_csv(io.StringIO(complete or ",".join(columns)), low_memory=False, **options)
     table = table.reindex(columns=columns).apply(pd.to_numeric, errors="coerce")
     numbers = table[list(keys)]  # rounds and clients have whole numbers
     table = table[((numbers >= 0) & (numbers < 2**31) & (numbers % 1 == 0)).all(axis=1)]
@@ -195,8 +191,6 @@ def read_grid(path: Path) -> DataFrame:
 
 def read_samples(path: Path) -> tuple[NDArray, NDArray] | None:
     """Four images uint8 [4, 28, 28] and their labels [4] from an npz file. None if it is missing or damaged."""
-    import numpy as np
-
     try:
         with np.load(path, allow_pickle=False) as arrays:
             if sum(member.file_size for member in arrays.zip.infolist()) > SAMPLE_BYTES:

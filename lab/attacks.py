@@ -46,17 +46,11 @@ class Attack:
         return self.submit(W, w, rng, honest) if self.sees_honest else self.submit(W, w, rng)
 
 
-# ---------------------------------------------------------------- on labels
-
-
 def flip_one_way(labels: Labels, fraction: float, rng: np.random.Generator) -> Labels:
     """A copy of the labels in which a random `fraction` (0 to 1) of the pneumonia images is called normal."""
     flipped, ill = labels.copy(), np.flatnonzero(labels == 1)
     flipped[rng.choice(ill, round(fraction * len(ill)), replace=False)] = 0
     return flipped
-
-
-# ---------------------------------------------------------------- on submitted models
 
 
 def submit_nan(W: Tensor, w: Tensor, rng: np.random.Generator) -> Tensor:

@@ -154,10 +154,9 @@ PAPER = ("fig3a", "fig3c")  # --experiment paper
 def tidy(cells: list[tuple[Path, str, str]]) -> Any:
     """A pandas frame with one row per run: its row and column, its settings, and its results.
 
-    `cells` are the folders of the runs, each with the row and the column that it belongs to. Metrics are means over the
-    last `LAST` rounds. `fluctuation` is the standard deviation, over these rounds, of the change of the honest clients'
-    accuracy per round. `jump_*` is the change of the participants' loss and accuracy at the first exclusion, and
-    `jump_*_model` the model's part of it.
+    `cells` are the folders of the runs with their rows and columns. Metrics are means over the last `LAST` rounds.
+    `fluctuation` is the standard deviation, over these rounds, of the change of the honest clients' accuracy per round.
+    `jump_*` is the change of the participants' loss and accuracy at the first exclusion, `jump_*_model` the model part.
     """
     from pandas import DataFrame
 
@@ -205,10 +204,7 @@ def over_seeds(table: Any) -> Any:
 
 
 def in_words(values: Any, decimals: int) -> str:
-    """Mean and sample standard deviation of a pandas column, as in '0.96 ± 0.01'.
-
-    '20.0 (of 1)' means that only one run has a value. The text is empty if none has.
-    """
+    """Mean and sample standard deviation of a pandas column: '0.96 ± 0.01', or '20.0 (of 1)' if only one run has it."""
     known = values.dropna()
     deviation = f" ± {known.std():.{decimals}f}" if len(known) > 1 else ""
     of = f" (of {len(known)})" if len(known) < len(values) else ""
@@ -228,10 +224,7 @@ def markdown(texts: Any, heading: str) -> str:
 
 
 def tabulate(folder: Path, cells: list[tuple[Path, str, str]], command: str) -> None:
-    """Write table.csv (one row per run) and table.md (one row per cell) of an experiment, and print a short table.
-
-    The name of `folder` is that of the experiment. `cells` are as in `tidy`. `command` is the command line.
-    """
+    """Write table.csv (one row per run) and table.md (one row per cell) of an experiment, and print a short table."""
     table = tidy(cells)
     if table.empty:
         return

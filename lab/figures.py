@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from harness.drawing import COLOURS, HONEST, band, bundles, new_figure, prepare
 from harness.runs import JUMP_PARTS, METRICS, OTHERS, Run, read_grid, title
 
@@ -25,8 +27,6 @@ def plot_jump(ax: Axes, runs: Sequence[Run], name: str) -> None:
     One bar is the part that comes from averaging over fewer clients, the other the part of the model itself. For runs
     that differ only in their seed the bars are means, with lines of one sample standard deviation to each side.
     """
-    import numpy as np
-
     ax.set(xlabel={"loss": "change of loss (nats)", "accuracy": "change of accuracy (fraction correct)"}[name])
     ax.xaxis.get_major_locator().set_params(nbins=6)  # type: ignore[call-arg]  # it is a MaxNLocator
     ax.grid(color="0.92")

@@ -7,18 +7,14 @@ uses `weights` or `f`. The first line of its docstring is what `--list` prints.
 Shapes: n clients, P parameters.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 
-from trust import Array, Mask, mean, squared_distances, two_means
+from trust import Array, Mask, Rule, mean, squared_distances, two_means
 
 WEISZFELD_STEPS = 10_000  # ours: the most steps. About 30 are enough, unless one row has almost half of the weight.
 CONVERGED = 1e-9  # ours: the steps end when a step is shorter than this fraction of the median distance
 SMOOTHING = 1e-6  # added to the distances in Weiszfeld's steps (Pillutla et al. 2019)
 LAST_LAYER = slice(-66, -2)  # the weights of the network's last layer, 2 x 32, in a row of W; its 2 biases follow
-
-Rule = Callable[[Array, Array, int], Array]
 
 
 def on_changes(rule: Rule) -> Rule:

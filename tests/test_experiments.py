@@ -191,8 +191,10 @@ def test_workers_with_several_threads_are_refused(cluster, tmp_path, capsys):
 
 def test_a_cluster_that_can_not_be_had_is_one_line(tmp_path, capsys, monkeypatch):
     words = ["--rounds", "2", "--dataset", "phantom", "--out", tmp_path]
-    assert "--scheduler needs --backend dask" in refusal(capsys, *words, "--scheduler", "tcp://localhost:1")
-    assert "--backend dask needs --scheduler ADDRESS" in refusal(capsys, *words, "--backend", "dask")
+    assert "--backend dask and --scheduler ADDRESS need each other" in refusal(
+        capsys, *words, "--scheduler", "tcp://localhost:1"
+    )
+    assert "--backend dask and --scheduler ADDRESS need each other" in refusal(capsys, *words, "--backend", "dask")
     monkeypatch.setitem(sys.modules, "distributed", None)
     words += ["--backend", "dask", "--scheduler", "tcp://localhost:1"]
     assert "pip install distributed" in refusal(capsys, *words)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES: tuple[Any, ...] = ("-", (0, (6, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (1.5, 1.2)))
 HONEST = "#8C8C8C"
+DPI = 150  # dots per inch of PNG files
 
 
 def new_figure(rows: int = 1, columns: int = 1, height: float = 4.2, width: float = 8, sharex: bool = True) -> Any:
@@ -97,6 +98,6 @@ def save(figure: Figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     png, svg = (path.with_name(path.name + suffix) for suffix in (".png", ".svg"))
     with matplotlib.rc_context({"svg.hashsalt": "madsim"}):  # and no date: equal results give equal files
-        figure.savefig(png, dpi=150)
+        figure.savefig(png, dpi=DPI)
         figure.savefig(svg, metadata={"Date": None})
     return png

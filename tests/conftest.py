@@ -1,6 +1,10 @@
 """What the tests share: the data sets, and a small federation that trains in a moment."""
 
 import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # federations this small train faster on one thread
+
+# isort: split
 import signal
 import subprocess
 import sys
@@ -8,8 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import data
+from harness import drawing
 from harness.cli import main
 from lab import experiments
 
@@ -27,6 +33,19 @@ def pytest_configure(config):
 def examples(count: int) -> int:
     """The number of random examples of a property: `count` in the full suite, a tenth in the quick one."""
     return count if FULL else count // 10
+
+
+def some(names, *quick: str) -> list:
+    """All names for parametrize, those marked slow that are not `quick`."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.fixture(autouse=True)
+def quickly(monkeypatch):
+    """One thread, also after a test that took more, and figures with few dots."""
+    monkeypatch.setattr(drawing, "DPI", 30)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

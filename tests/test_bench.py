@@ -21,6 +21,7 @@ def test_floating_point_operations_by_hand(phantom):
     assert evaluation == (conv1 + conv2 + linear) * (624 + 470)
 
 
+@pytest.mark.slow
 def test_the_parts_make_up_the_round(phantom):
     bench.run(1, phantom, clients=4, malicious=0.25)  # warm up
     with cProfile.Profile() as calls:
@@ -31,6 +32,7 @@ def test_the_parts_make_up_the_round(phantom):
     assert 0.8 * summary["seconds"] < sum(parts.values()) < 1.05 * summary["seconds"]
 
 
+@pytest.mark.slow
 def test_a_cell_of_the_scale_tells_seconds_and_megabytes(capsys):
     bench.measure_cell(clients=3, images=1, rounds=1)
     seconds, megabytes = json.loads(capsys.readouterr().out)

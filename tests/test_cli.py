@@ -156,7 +156,7 @@ def test_a_data_root_that_is_a_file_gets_one_line(capsys, tmp_path):
 
 def test_a_rule_that_mad_leaves_too_few_clients_ends_in_one_line_that_names_the_round(capsys, tmp_path, quick):
     """Plain min-max excludes somebody each round; Krum needs 3 clients, and keeps the rounds that it had."""
-    words = "--rounds 9 --mad-start 1 --clients 5 --malicious 0 --clusters 1 --scale-floor 0 --rule krum"
+    words = "--rounds 9 --mad-start 1 --clients 4 --malicious 0 --clusters 1 --scale-floor 0 --rule krum"
     line = refusal(capsys, *words.split(), "--dataset", "phantom", "--out", tmp_path)
     t = int(re.search(r"madsim: round (\d+): krum needs 3 clients to withstand 0 malicious ones", line)[1])
     (folder,) = tmp_path.iterdir()
@@ -222,6 +222,7 @@ def test_the_list_names_everything_with_a_line(capsys):
         assert words in out
 
 
+@pytest.mark.slow
 def test_a_quick_story_has_an_attack_and_an_exclusion(quick, tmp_path, capsys):
     assert main(["--quick", "--dataset", "phantom", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out

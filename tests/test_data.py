@@ -96,6 +96,7 @@ def test_the_phantom_has_the_real_sets_shape_and_class_shares(phantom):
     assert np.bincount(phantom.test_labels).tolist() == [234, 390]
 
 
+@pytest.mark.slow
 def test_the_phantom_is_made_from_its_seed_in_under_two_seconds():
     start = time.perf_counter()
     first, again, other = data.phantom(0), data.phantom(0), data.phantom(1)

@@ -108,8 +108,8 @@ def test_ci_runs_the_readmes_set_up_and_test():
 
 
 @pytest.mark.parametrize("block", [block for page in PAGES.values() for block in blocks("python", page)])
-def test_the_python_on_the_pages_runs(block, phantom, monkeypatch):
-    monkeypatch.setattr(data, "load", lambda *_: phantom)
+def test_the_python_on_the_pages_runs(block, small, monkeypatch):
+    monkeypatch.setattr(data, "load", lambda *_: small)
     registries = (ATTACKS, RULES, PARTITIONS, EXPERIMENTS)
     before = [dict(registry) for registry in registries]
     try:

@@ -100,6 +100,7 @@ def test_membership_of_one_seed_has_the_bootstraps_band_and_of_several_the_seeds
     assert ax.lines[0].get_label() == "MAD from round 3, mean of 2 seeds"
 
 
+@pytest.mark.slow
 def test_runs_that_measured_membership_have_its_figure(tmp_path, capsys):
     measured(tmp_path / "x" / "a")
     make_run(tmp_path / "x" / "b")
@@ -144,6 +145,7 @@ def test_of_one_seed_no_deviation_and_what_ended_early_is_left_out(tmp_path):
     assert figures.cell_texts(table, "test_accuracy")["never", "flip"] == "0.800"
 
 
+@pytest.mark.slow
 def test_an_experiment_of_many_runs_is_drawn_as_heat_maps_alone(tmp_path, capsys):
     for kind in range(plot.MOST_LINES + 1):
         make_run(tmp_path / "big" / f"r{kind}", mad_start=kind + 1, samples=kind == 0)

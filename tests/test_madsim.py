@@ -40,6 +40,7 @@ def trained(phantom) -> madsim.Result:
     return simulate(Config(rounds=25, malicious=0.0), dataset=phantom)
 
 
+@pytest.mark.slow
 def test_a_trained_federation_stays_in_the_phantoms_range(trained):
     assert 0.90 <= trained.rounds.test_accuracy.tail(5).mean() <= 0.98
 
@@ -61,6 +62,7 @@ def peace(from_trained) -> pd.Series:
     return from_trained(malicious=0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", [name for name in ATTACKS if name not in ("nan", "hug")])
 def test_every_attack_hurts_where_there_is_no_defence(attack, from_trained, peace):
     """The negative control, from a trained model on: after four rounds under attack it is worse than in peace."""
@@ -82,7 +84,7 @@ def test_an_attack_begins_with_its_round_and_pauses_with_its_period(small):
     assert (attackers < honest - 0.1).tolist() == [False, True, False, True, False]
 
 
-@pytest.mark.parametrize("partition", ["dirichlet", "quantity"])
+@pytest.mark.parametrize("partition", ["dirichlet", pytest.param("quantity", marks=pytest.mark.slow)])
 def test_unequal_clients_train_exactly(partition, small):
     """Stacked, with clients of very different sizes, gives what each gives alone; the average weighs them by size."""
     config = Config(rounds=2, partition=partition, concentration=0.3, seed=1)
@@ -92,7 +94,7 @@ def test_unequal_clients_train_exactly(partition, small):
     pd.testing.assert_frame_equal(stacked.rounds, loop.rounds, rtol=1e-3)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_on_the_real_images_both_attackers_are_excluded_at_once(real, seed):
     run = simulate(Config(rounds=8, mad_start=5, seed=seed), dataset=real)
     assert run.summary["excluded"] == dict.fromkeys(run.summary["malicious"], 5)

@@ -187,6 +187,7 @@ def test_a_client_does_not_depend_on_who_else_trains(images, labels, method):
     assert relative(alone, among[1:2]) < 1e-5
 
 
+@pytest.mark.slow
 def test_blocks_of_clients_change_nothing(images, labels, monkeypatch):
     sizes = (30, 45, 20, 60, 25)
     whole, loss = train(images.double(), labels, sizes)

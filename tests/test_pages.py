@@ -119,6 +119,7 @@ def browse(page: Path):
     return json.loads(re.search("<title>(.*?)</title>", done.stdout)[1])
 
 
+@pytest.mark.slow
 @needs_browser
 def test_the_page_plays_in_a_browser(tmp_path):
     page = pages.play(plot.load_run(playable(tmp_path / "a")))
@@ -133,6 +134,7 @@ def test_the_page_plays_in_a_browser(tmp_path):
     assert seen[11:] == ["Round 4 of 4", "Play"]  # it plays to the end, and stops
 
 
+@pytest.mark.slow
 @needs_browser
 @pytest.mark.parametrize("width", [360, 1280])
 def test_the_page_is_not_wider_than_a_phone(tmp_path, width):
@@ -156,6 +158,7 @@ def test_pages_that_play_and_a_report_are_asked_for_one_after_the_other(tmp_path
     assert not (tmp_path / "figures").exists()
 
 
+@pytest.mark.slow
 def test_a_report_holds_table_figures_and_settings(tmp_path, capsys):
     make_run(tmp_path / "r" / "a", attack="label_flip")
     make_run(tmp_path / "r" / "b", data="<i>", malicious=0, mad_start=None, seed=7, client_rows=CLIENT_ROWS[:2])

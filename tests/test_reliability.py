@@ -281,6 +281,7 @@ def test_a_run_stopped_before_its_first_round_ends_can_be_resumed(tiny, quick, t
     assert (folder / CSV[0]).read_bytes().count(b"\n") == 4
 
 
+@pytest.mark.slow
 def test_several_runs_are_resumed_at_once_in_any_number_of_processes(quick, tmp_path, monkeypatch):
     """Whole in two processes or in this one, or stopped one by one and resumed: the same bytes."""
     words = ["--rounds", "5", "--clients", "4", "--malicious", "0.25", "--dataset", "phantom"]
@@ -528,6 +529,14 @@ def one_by_one(W, w, rng):
     return w + (W - w) * 4.0 ** torch.arange(len(W))[:, None]
 
 
+@pytest.fixture(scope="module")
+def quarter(phantom) -> data.Dataset:
+    """A quarter of the phantom: a round of ten clients takes some 50 ms."""
+    images, labels = phantom.train_images[::4], phantom.train_labels[::4]
+    tests, test_labels = phantom.test_images[::4], phantom.test_labels[::4]
+    return replace(phantom, train_images=images, train_labels=labels, test_images=tests, test_labels=test_labels)
+
+
 SUBMISSIONS = {
     "nan": filled(float("nan")), "infinity": filled(float("inf")), "minus infinity": filled(float("-inf")),
     "1e30": filled(1e30), "float32's greatest": filled(torch.finfo(torch.float32).max), "zeros": filled(0.0),
@@ -540,10 +549,10 @@ SUBMISSIONS = {
 
 
 @pytest.mark.parametrize("name", SUBMISSIONS)
-def test_no_submission_gets_in_or_costs_an_honest_client_its_place(name, phantom, monkeypatch):
+def test_no_submission_gets_in_or_costs_an_honest_client_its_place(name, quarter, monkeypatch):
     """Four of ten submit it from the first round on; every round ends, the scores hold, the four are out."""
     monkeypatch.setitem(ATTACKS, name, Attack("", submit=SUBMISSIONS[name]))
-    run = simulate(Config(rounds=6, mad_start=1, malicious=0.4, attack=name), dataset=half(phantom))
+    run = simulate(Config(rounds=6, mad_start=1, malicious=0.4, attack=name), dataset=quarter)
     assert run.rounds["round"].tolist() == [1, 2, 3, 4, 5, 6]
     assert np.isfinite(run.weights).all() and np.isfinite(run.rounds.to_numpy(float)).all()
     for score in ("d", "reputation", "trust"):
@@ -558,20 +567,16 @@ def test_no_submission_gets_in_or_costs_an_honest_client_its_place(name, phantom
         assert run.summary["true_exclusions"] == 4
 
 
-def half(phantom: data.Dataset) -> data.Dataset:
-    return replace(phantom, train_images=phantom.train_images[::2], train_labels=phantom.train_labels[::2])
-
-
 @pytest.mark.parametrize("name", ["1e30", "noise"])
-def test_without_mad_such_a_submission_ruins_the_model(name, phantom, monkeypatch):
+def test_without_mad_such_a_submission_ruins_the_model(name, quarter, monkeypatch):
     """The negative control: the same submissions, averaged."""
     monkeypatch.setitem(ATTACKS, name, Attack("", submit=SUBMISSIONS[name]))
     config = Config(rounds=4, malicious=0.4, attack=name)
     try:
-        attacked = simulate(config, dataset=half(phantom)).rounds.test_loss.iloc[-1]
+        attacked = simulate(config, dataset=quarter).rounds.test_loss.iloc[-1]
     except FloatingPointError:  # nobody can train on from there
         return
-    peace = simulate(replace(config, attack="label_flip", malicious=0.0), dataset=half(phantom))
+    peace = simulate(replace(config, attack="label_flip", malicious=0.0), dataset=quarter)
     assert not attacked < 2 * peace.rounds.test_loss.iloc[-1]
 
 
@@ -582,10 +587,13 @@ def test_models_without_any_difference_cost_nobody_its_place(tiny):
     assert (run.clients.d == 1).all() and (run.clients.trust == 1).all() and (run.clients.distance == 0).all()
 
 
-@pytest.mark.parametrize(("malicious", "seed"), [(0.2, 1), (0.3, 0), (0.4, 0)])
+@pytest.mark.parametrize(
+    ("malicious", "seed"), [(0.2, 1), *(pytest.param(f, 0, marks=pytest.mark.slow) for f in (0.3, 0.4))]
+)
 def test_copies_of_an_honest_model_cost_nobody_its_place(malicious, seed, phantom, monkeypatch):
     """All malicious clients submit what one honest client does. Counted by heads, each of these cases would cost honest
     clients their places, as the copies are a cluster without any spread."""
+    half = replace(phantom, train_images=phantom.train_images[::2], train_labels=phantom.train_labels[::2])
     attack = model.Clients.attack
 
     def copy(clients, W, w, asked, t):
@@ -596,10 +604,10 @@ def test_copies_of_an_honest_model_cost_nobody_its_place(malicious, seed, phanto
     monkeypatch.setattr(model.Clients, "attack", copy)
     monkeypatch.setitem(ATTACKS, "copy", Attack(""))
     config = Config(rounds=5, mad_start=1, malicious=malicious, seed=seed, attack="copy")
-    run = simulate(config, dataset=half(phantom))
+    run = simulate(config, dataset=half)
     assert run.summary["excluded"] == {} and (run.rounds.active == 10).all()
     monkeypatch.setattr(trust, "originals", lambda W: np.ones(len(W), bool))
-    assert simulate(config, dataset=half(phantom)).summary["false_exclusions"] > 0  # the negative control
+    assert simulate(config, dataset=half).summary["false_exclusions"] > 0  # the negative control
 
 
 def test_a_federation_of_one_client_goes_on(tiny):
@@ -1027,6 +1035,7 @@ def test_strange_places_are_used_or_refused_in_one_line(path, quick, capsys, tmp
         runs_or_is_refused(lambda words=words: main(words), capsys)
 
 
+@pytest.mark.slow
 def test_several_runs_in_different_places_are_resumed(quick, tmp_path, capsys, monkeypatch):
     """Their folders given by relative and absolute names; and --jobs is checked here too."""
     monkeypatch.chdir(tmp_path)

@@ -93,3 +93,18 @@ def test_heavy_packages_are_imported_where_they_are_used(module, absent):
     code = f"import sys, {module}; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True).stdout
     assert not set(absent) & set(loaded.split())
+
+
+def test_what_the_script_runs_is_pickled_as_the_module_madsim():
+    code = """
+import pickle, runpy, sys
+sys.argv = ["madsim.py", "--list"]
+try:
+    runpy.run_path("madsim.py", run_name="__main__")
+except SystemExit:
+    pass
+from harness import cli
+print("pickled", b"__main__" in pickle.dumps([cli.Config(), cli.simulate]), cli.Config.__module__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "pickled False madsim"

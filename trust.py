@@ -162,7 +162,7 @@ def outlying_group(squared: Array, spread: float, settings: Settings) -> Mask:
     from sklearn.metrics import silhouette_score
 
     nobody = np.zeros(len(squared), bool)
-    if settings.clusters == 1 or len(squared) < 3 or squared.max() == 0:
+    if settings.clusters == 1 or squared.max() == 0:
         return nobody
     group = two_means(squared)
     if group.sum() * 2 > len(group):

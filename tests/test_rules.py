@@ -29,6 +29,7 @@ def test_the_trimmed_mean_by_hand():
     # f = 1: each column without its least and its greatest value, (1 + 2) / 2
     assert rules.trimmed_mean(ROWS, ONES, 1).tolist() == [1.5, 1.5]
     assert rules.trimmed_mean(ROWS, ONES, 0).tolist() == [3, 3]  # f = 0: the plain mean
+    assert aggregate(ROWS, ONES, ONES > 0, RULES["trimmed_mean"]).tolist() == [3, 3]  # nobody is thought malicious
     assert rules.trimmed_mean(column(1, 9, 1, 9), ONES, 1).tolist() == [5]  # ties: one of each goes
     with pytest.raises(ValueError, match="trimmed_mean needs 5 clients to withstand 2 malicious ones; there are 4"):
         rules.trimmed_mean(ROWS, ONES, 2)

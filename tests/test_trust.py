@@ -140,6 +140,14 @@ def test_without_a_group_the_farthest_is_not_far():
     assert normalised_distance(column(0, 1, 2, 3), 0.0, TESTBED)[1].tolist() == pytest.approx([0, 1, 1, 0])
 
 
+def test_with_one_cluster_there_is_no_group_and_the_testbed_has_no_floor():
+    assert not outlying_group(squared_distances(column(0, 1, 2, 10)), 0.0, replace(PAPER, clusters=1)).any()
+    # centre 1.625: distances 1.625, 0.625, 0.375, 1.875, whatever the spread was before
+    for spread in (0.0, 8.0):
+        _, d, _ = normalised_distance(column(0, 1, 2, 3.5), spread, TESTBED)
+        assert d.tolist() == pytest.approx([1 / 6, 5 / 6, 1, 0])
+
+
 def test_a_split_without_structure_is_no_group():
     W = np.random.default_rng(0).normal(size=(10, 500))  # in 500 dimensions all are about equally far apart
     assert not outlying_group(squared_distances(W), 0.0, PAPER).any()
@@ -354,6 +362,7 @@ def test_copies_of_a_model_and_one_client_left():
 def test_the_same_model_twice_counts_once():
     W = np.array([[0.0, 1.0], [0.0, 2.0], [-0.0, 1.0], [0.0, 1.0]])  # a zero's sign makes no other model
     assert trust.originals(W).tolist() == [True, True, False, False]
+    assert trust.originals(column(1e-20, 2e-20)).tolist() == [True, True]  # nor is a small difference none
 
 
 def test_fedavg_by_hand():

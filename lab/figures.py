@@ -72,7 +72,7 @@ def plot_membership(ax: Axes, runs: Sequence[Run], others: str) -> None:
     """
     banded = any(len(members) > 1 for _, members in bundles(runs))
     band_is = "one standard deviation over the seeds" if banded else "one standard error (bootstrap)"
-    prepare(ax, f"against {OTHERS[others]}; band: ± {band_is}", "advantage (0 to 1)")
+    prepare(ax, f"against {OTHERS[others]}\nband: ± {band_is}", "advantage (0 to 1)")
     for style, members in bundles(runs):
         values = held_by_attackers(members, f"{others}_advantage")
         band(ax, values, **style)

@@ -89,6 +89,7 @@ def test_norm_clipping_by_hand():
     U = np.diag([1.0, 2.0, 3.0, 100.0])
     assert rules.norm_clipping(U, ONES, 1) == pytest.approx([0.25, 0.5, 0.625, 0.625])
     assert rules.norm_clipping(U, np.array([1.0, 1, 1, 0]), 1) == pytest.approx([1 / 3, 2 / 3, 2.5 / 3, 0])
+    assert rules.norm_clipping(U / 100, ONES, 1) == pytest.approx([0.0025, 0.005, 0.00625, 0.00625])  # in any unit
     assert rules.norm_clipping(np.zeros((3, 2)), np.ones(3), 0).tolist() == [0, 0]  # nobody has moved
 
 
@@ -110,6 +111,10 @@ def test_lfighter_by_hand():
     assert rules.lfighter(last_layers((1, 0)), np.ones(1), 0)[0] == 0  # one client
     four = last_layers((9, 9), (9, 9.01), (1, 0), (-1, 0))  # 2/4 (1 - 1) against 2/4 (1 - (-1))
     assert rules.lfighter(four, ONES, 2)[0] == pytest.approx(2.5) == rules.lfighter(four, ONES, 0)[0]
+    # Three who are alike, 3/5 (1 - 0), against two with a cosine of 0.6, 2/5 (1 - 0), or of -0.4, 2/5 (1 + 0.4) = 0.56.
+    for cosine, sine in ((0.6, 0.8), (-0.4, 0.84**0.5)):
+        U = last_layers((9, 9), (9, 9.01), (9.01, 9), (1, 0), (cosine, sine))
+        assert rules.lfighter(U, np.ones(5), 2)[0] == pytest.approx((0 + 1 + 2) / 3)
     tie = last_layers((9, 0), (9, 0), (1, 0), (1, 0))  # either cluster is wholly alike: the first client's is taken
     assert rules.lfighter(tie, ONES, 2)[0] == pytest.approx(0.5)
 

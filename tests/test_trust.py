@@ -14,6 +14,7 @@ from trust import (
     Settings,
     aggregate,
     centre_distances,
+    distrusted,
     initial_reputation,
     initial_state,
     mad_step,
@@ -199,6 +200,19 @@ def test_the_split_is_not_just_the_start():
     assert two_means(squared).tolist() == [False, False, False, True, True, True]
 
 
+def test_a_tie_between_the_two_centres_changes_no_cluster():
+    """0, 0, 93 and 110, 200 have the centres 31 and 155: 93 lies 62 from both, and stays."""
+    squared = squared_distances(column(0, 0, 93, 110, 200))
+    assert two_means(squared).tolist() == [False, False, False, True, True]
+
+
+@pytest.mark.parametrize(("spread", "found"), [(6.3, True), (6.4, False), (6.8, False)])
+def test_the_nearest_member_of_a_group_decides_whether_it_is_far(spread, found):
+    """{9, 10} lie 8 and 9 from the centre of {0, 1, 1, 2}; 1.25 spreads are 7.875, 8 and 8.5."""
+    group = outlying_group(squared_distances(column(0, 1, 1, 2, 9, 10)), spread, PAPER)
+    assert group.tolist() == [False] * 4 + [found] * 2
+
+
 def test_the_silhouette_decides_by_hand():
     # 0, 1 and 4, 6, 7: (a, b) = (1, 17/3), (1, 14/3), (5/2, 7/2), (3/2, 11/2), (2, 13/2)
     squared = squared_distances(column(0, 1, 4, 6, 7))
@@ -254,6 +268,18 @@ def test_the_distrusted_are_excluded_from_the_mad_start_on():
     assert (states[5].trust[[1, 4]] < 0.15).all()
     assert np.isnan(states[6].trust[[1, 4]]).all()  # dropped: not scored any more
     assert states[-1].trust[states[-1].active].min() > 0.5
+
+
+def test_trust_at_the_threshold_is_enough():
+    trust, everybody = np.array([0.15, 0.1499, 0.9]), np.ones(3, bool)
+    assert distrusted(trust, everybody, 5, 5, PAPER).tolist() == [False, True, False]
+    assert not distrusted(trust, everybody, 4, 5, PAPER).any()
+
+
+def test_before_the_first_round():
+    state = initial_state(3)
+    assert (state.round, state.spread, state.kept) == (0, 0.0, False) and state.active.all()
+    assert np.isnan([state.distance, state.d, state.reputation, state.trust]).all()
 
 
 def test_without_a_start_nobody_is_excluded_but_all_are_scored():
@@ -374,6 +400,32 @@ def test_fedavg_by_hand():
 def test_what_is_not_active_never_reaches_the_average():
     W = np.array([[1.0], [np.nan], [3.0]])
     assert aggregate(W, np.ones(3), np.array([True, False, True])).tolist() == [2]
+
+
+def test_the_presets_are_the_papers_and_the_testbeds():
+    paper = (2, 0.25, 1.25, 2.5, "ungrouped", 0.5, 0.75, 0.85, 0.15)
+    testbed = (1, 0.25, 1.25, 0.0, "ungrouped", 0.5, 0.75, 0.75, 0.15)
+    assert Settings(*paper, "printed", "clip-smooth", "dropped", "same", "threshold", "keep") == PAPER
+    assert Settings(*testbed, "testbed", "smooth-clip", "observed", "next", "lowest", "everybody") == TESTBED
+
+
+@pytest.mark.parametrize(
+    ("field", "low", "high"),
+    [("silhouette", -1, 1), *((name, 0, 1) for name in ("alpha", "beta_reputation", "beta_trust", "threshold"))],
+)
+def test_the_ends_of_a_range_belong_to_it(field, low, high):
+    for value in (low, high):
+        assert getattr(replace(PAPER, **{field: float(value)}), field) == value
+    for value in (low - 0.01, high + 0.01):
+        with pytest.raises(ValueError, match=rf"{field}.* {value} must be at least {low} and at most {high}"):
+            replace(PAPER, **{field: value})
+
+
+@pytest.mark.parametrize("field", ["outlying", "scale_floor"])
+def test_spreads_are_not_negative(field):
+    assert getattr(replace(PAPER, **{field: 0.0}), field) == 0
+    with pytest.raises(ValueError, match=f"{field} -0.01 must be at least 0 and finite"):
+        replace(PAPER, **{field: -0.01})
 
 
 @pytest.mark.parametrize(

@@ -128,8 +128,8 @@ def download(root: Path) -> None:
     except OSError as error:
         reason = str(error)
     raise FileNotFoundError(
-        f"{root / FILE} is absent and medmnist could not download it ({reason}); get {FILE} of MedMNIST v2 "
-        f"elsewhere, put it into a folder and name this folder by --data-root or MADSIM_DATA"
+        f"{root / FILE} is absent and medmnist could not download it ({reason}); download {FILE} of MedMNIST "
+        f"v2 by hand, put it into a folder and give this folder with --data-root or MADSIM_DATA"
     )
 
 
@@ -140,7 +140,7 @@ PHANTOM_COUNTS = {"train": (1214, 3494), "test": (234, 390)}
 
 
 def phantom(seed: int = 0, note: str = "") -> Dataset:
-    """Drawn chest X-rays in the numbers of PneumoniaMNIST, for a machine without it. A seed gives the same images."""
+    """Drawn chest X-rays, as many as PneumoniaMNIST has, for a machine without it. A seed gives the same images."""
     rng = np.random.default_rng([seed, 3])
     arrays: list[Any] = []
     for counts in PHANTOM_COUNTS.values():
@@ -179,7 +179,7 @@ def draw_chests(labels: Labels, rng: np.random.Generator) -> Images:
     body = inside(1.05 + 0.9 * np.minimum(y + vary(0.5, 0.9), 0) - np.abs(x), 5)  # narrower above the shoulders
     spine = blob(0, 0, 0.18, 3)
     apart, width, height = vary(0.44, 0.54), vary(0.27, 0.38), vary(0.65, 0.9)
-    sides = [np.abs(x - side * (apart + 0.15 * y)) / width for side in (-1, 1)]  # lungs spread downwards
+    sides = [np.abs(x - side * (apart + 0.15 * y)) / width for side in (-1, 1)]  # lungs are wider at the bottom
     lungs = sum(inside(1 - side**2.5 - (np.abs(y + 0.1) / height) ** 3, 2) for side in sides)
     ribs = lungs * np.cos(vary(12, 16) * (y + vary(0.2, 0.5) * np.abs(x)) + vary(0, 6.3))
     heart = blob(vary(0.1, 0.2), vary(0.2, 0.35), vary(0.28, 0.42), vary(0.3, 0.42))
@@ -212,7 +212,10 @@ class Share:
 
 
 def partition_iid(n: int, clients: int, rng: np.random.Generator) -> list[Numbers]:
-    """Deal the image numbers 0 .. n-1 at random: disjoint parts that hold all images. Their sizes differ by 0 or 1."""
+    """Deal the image numbers 0 .. n-1 at random, in disjoint parts. Their sizes differ by at most 1.
+
+    Raises ValueError if there are fewer than two images per client.
+    """
     if not 1 <= clients <= n // 2:
         raise ValueError(
             f"{clients} clients can't share {n} images: each needs one to train and one to validate on; "
@@ -222,7 +225,10 @@ def partition_iid(n: int, clients: int, rng: np.random.Generator) -> list[Number
 
 
 def flip_labels(labels: Labels, fraction: float, rng: np.random.Generator) -> Labels:
-    """A copy of the labels in which a random `fraction` (0 to 1) is flipped, both ways."""
+    """A copy of the labels in which a random `fraction` is flipped, both ways (the paper, section III C).
+
+    Raises ValueError for a fraction outside 0 to 1.
+    """
     if not 0 <= fraction <= 1:
         raise ValueError(f"share of flipped labels {fraction} must be at least 0 and at most 1")
     flipped = labels.copy()
@@ -256,10 +262,10 @@ def share_out(
 ) -> tuple[list[Share], Labels]:
     """Deal the training images to the clients and let the malicious clients attack their labels.
 
-    `malicious` is the fraction of malicious clients. `poison(labels, flip, rng)` is what each of them does to the
-    labels of its whole share, validation included (None: nothing). `partition(labels, clients, alpha, rng)` deals the
-    images (None: `partition_iid`). Returns one Share per client, and the labels [n] as the clients see them. A seed
-    gives the same split for every attack.
+    `malicious` is the fraction of malicious clients. `poison(labels, flip, rng)` gives the labels that each of
+    them sees on its whole share, also for validation (None: the true ones). `partition(labels, clients, alpha, rng)`
+    deals the images (None: `partition_iid`). Returns one Share per client, and the labels [n] as the clients see them.
+    The split depends on the seed, not on the attack. Raises ValueError if the malicious clients are not a minority.
     """
     rng = np.random.default_rng([seed, 0])
     parts = partition(labels, clients, alpha, rng) if partition else partition_iid(len(labels), clients, rng)
@@ -301,7 +307,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data-root", metavar="DIR", help=f"folder of {FILE} (default: MADSIM_DATA, else medmnist's)")
     parser.add_argument("--clients", type=int, default=10, help="default: %(default)s")
     parser.add_argument("--malicious", type=float, default=0.2, help="fraction of clients (default: %(default)s)")
-    parser.add_argument("--flip", type=float, default=1.0, help="share of labels they flip (default: %(default)s)")
+    parser.add_argument("--flip", type=float, default=1.0, help="fraction of labels they flip (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     args = parser.parse_args(argv)
     try:
@@ -310,7 +316,7 @@ def main(argv: list[str] | None = None) -> int:
         args.png.mkdir(parents=True)
         count = write_png(dataset, shares, labels, args.png)
     except FileExistsError:
-        parser.error(f"{args.png} exists; name a new folder")
+        parser.error(f"{args.png} exists; give the name of a new folder")
     except (ValueError, OSError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:

@@ -21,8 +21,8 @@ from harness.folder import read_json
 from harness.log import Log
 from lab.attacks import ATTACKS
 from lab.partitions import PARTITIONS
-from lab.rules import RULES, need
-from trust import PRESETS, Settings, aggregate, check_limits, initial_state, mad_step, setting
+from lab.rules import RULES
+from trust import PRESETS, Settings, aggregate, check_clients, check_limits, initial_state, mad_step, setting
 
 
 def simulate(
@@ -36,9 +36,9 @@ def simulate(
     """One federated learning run. Ctrl-C ends it early, with `summary["complete"]` false.
 
     `out` is a new folder for the results (None: nothing is written). With `resume` it is the folder of an interrupted
-    run, which continues from its checkpoint; `Config.read(out)` gives its Config. `dataset` is used instead of loading
-    one. `bar` shows a progress bar. Raises ValueError for invalid input or a folder that can't be resumed, OSError for
-    data or folders that can't be read or written, FloatingPointError if all clients diverge.
+    run, which continues from its checkpoint; `Config.read(out)` gives its Config. If `dataset` is given, no data set is
+    loaded. `bar` shows a progress bar. Raises ValueError for invalid input or a folder that can't be resumed, OSError
+    for data or folders that can't be read or written, FloatingPointError if all clients diverge.
     """
     from model import initial_weights
 
@@ -58,7 +58,7 @@ def simulate(
 
 
 def gather(config: "Config", dataset: data.Dataset):
-    """The `model.Clients` of a run, each with its share of the data set."""
+    """The `model.Clients` of a run, each with its share of the data set. Raises ValueError as these do."""
     from model import Clients
 
     c, attack = config, ATTACKS[config.attack]
@@ -79,42 +79,59 @@ class Config:
 
     rounds: int = setting(1000, "aggregation rounds", "paper: 100 to 1000", low=1, high=1_000_000)
     mad_start: int | None = setting(
-        None, "round from which MAD excludes, or never", "default: never; paper: 5 to 500", low=1
+        None,
+        "round from which MAD excludes, or never; several values make several runs",
+        "default: never; paper: 5 to 500",
+        low=1,
     )
     clients: int = setting(10, "participating clients", "paper", low=1, high=100_000)
     malicious: float = setting(0.2, "fraction of malicious clients, below half", "paper")
     attack: str = setting("label_flip", "what malicious clients do, see --list", "paper", choices=ATTACKS)
     flip: float = setting(1.0, "share of its labels that a malicious client flips", "paper", low=0, high=1)
-    attack_start: int = setting(1, "round from which malicious clients attack", "paper", low=1)
-    attack_period: int | None = setting(None, "attack for N rounds, pause for N (default: no pause)", "paper", low=1)
+    attack_start: int = setting(1, "first round in which malicious clients attack", "paper", low=1)
+    attack_period: int | None = setting(
+        None, "they attack for N rounds, then pause for N (default: no pause)", "paper", low=1
+    )
     partition: str = setting("iid", "how images are dealt to the clients, see --list", "paper", choices=PARTITIONS)
     concentration: float = setting(
-        0.5, "alpha of the Dirichlet distribution", "Li et al. 2022", low=1e-3, option="alpha"
+        0.5,
+        "alpha of the Dirichlet distribution, for partitions that are not iid",
+        "Li et al. 2022",
+        low=1e-3,
+        option="alpha",
     )
-    rule: str = setting("mean", "how the active models are aggregated, see --list", "paper", choices=RULES)
+    rule: str = setting("mean", "how the models of active clients are aggregated, see --list", "paper", choices=RULES)
     epochs: int = setting(1, "local epochs per round", "testbed", low=1, high=100)
     batch_size: int = setting(20, "images per local step", "testbed", low=1)
     lr: float = setting(1e-3, "learning rate of Adam", "testbed", low=0, high=1e30)  # float32 ends at 3e38
-    membership: int | None = setting(None, "rounds between membership inference measurements", "ours", low=1)
+    membership: int | None = setting(
+        None, "measure membership inference every N rounds (default: never)", "ours", low=1
+    )
     method: str = setting("stacked", "train all clients at once, or in a loop", "ours", choices=("stacked", "loop"))
-    dataset: str = setting("auto", "auto: the phantom without PneumoniaMNIST", "ours", choices=data.DATASETS)
+    dataset: str = setting("auto", "auto: PneumoniaMNIST if available, else the phantom", "ours", choices=data.DATASETS)
     data_root: str | None = setting(None, f"folder of {data.FILE} (default: MADSIM_DATA or medmnist's)", "ours")
     seed: int = setting(0, "determines everything random", "ours", low=0, high=2**63 - 1)
-    device: str = setting("auto", "auto: cuda if there is one", "ours", choices=("auto", "cpu", "cuda"))
-    threads: int | None = setting(None, "threads per run (default: all, shared by several)", "ours", low=1, high=1024)
+    device: str = setting("auto", "auto: cuda if the machine has it, else cpu", "ours", choices=("auto", "cpu", "cuda"))
+    threads: int | None = setting(
+        None, "threads per run (default: all cores, shared by parallel runs)", "ours", low=1, high=1024
+    )
     settings: Settings = field(default=PRESETS["paper"], metadata={"help": "MAD's settings"})
 
     def __post_init__(self):
         check_limits(self)
-        need(self.rule, self.clients, data.malicious_count(self.clients, self.malicious))
+        check_clients(RULES[self.rule], self.clients, data.malicious_count(self.clients, self.malicious))
         for name in ("mad_start", "attack_start", "membership"):
             value = getattr(self, name)
             if value and value > self.rounds:
                 raise ValueError(f"{name} {value} lies beyond the {self.rounds} rounds; use 1 to {self.rounds}")
         if self.flip != Config.flip and ATTACKS[self.attack].poison is None:
-            raise ValueError(f"flip {self.flip} changes nothing: attack {self.attack} flips no labels")
+            raise ValueError(
+                f"flip {self.flip} changes nothing, because attack {self.attack} flips no labels; leave it out"
+            )
         if self.partition == "iid" and self.concentration != Config.concentration:
-            raise ValueError(f"concentration (--alpha) {self.concentration} changes nothing with partition iid")
+            raise ValueError(
+                f"concentration (--alpha) {self.concentration} changes nothing with partition iid; leave it out"
+            )
 
     def attacking(self, t: int) -> bool:
         """Whether the malicious clients attack in round t."""
@@ -173,7 +190,7 @@ class Result:
 
 
 if __name__ == "__main__":
-    from harness.cli import main  # it imports this file as the module madsim, so that pickled runs can be read anywhere
+    from harness.cli import main  # it imports this file as `madsim`, so pickled runs never refer to `__main__`
     from harness.console import as_command
 
     sys.exit(as_command(main))

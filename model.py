@@ -1,8 +1,8 @@
 """The clients: the network, the local training of all clients at once and its plain twin, evaluation.
 
 The network and its training are written for one client. `train_clients` with `method="stacked"` lifts them to all
-clients with `torch.func.vmap`. With `method="loop"` it trains one client after another with `torch.optim.Adam`: this is
-the plain twin of the fast way, and gives the same up to rounding. `Clients` are the clients of a run with their data.
+clients with `torch.func.vmap`. With `method="loop"` it trains one client after another with `torch.optim.Adam`. This
+plain twin gives the same results up to rounding. `Clients` are the clients of a run with their data.
 
 Shapes: C clients, S steps, B batch, P parameters, n images; ci and co channels in and out, k kernel size.
 """
@@ -22,11 +22,10 @@ from torch.optim.adam import adam
 
 HIDDEN = (64, 32)  # testbed: units of the two hidden linear layers
 DROPOUT = (0.3, 0.2)  # testbed: after each of them
-ADAM: dict[str, Any] = dict(
-    beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, amsgrad=False, maximize=False
-)  # PyTorch's own
+# PyTorch's own defaults
+ADAM: dict[str, Any] = dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, amsgrad=False, maximize=False)
 METHODS = ("stacked", "loop")
-BLOCK = 32  # ours, measured: clients trained at once, which bounds the memory. 8 take 15 % longer, 64 just as long.
+BLOCK = 32  # ours, measured: clients trained at once, which bounds the memory; 8 take 15 % longer, 64 as long
 EVALUATED = (8, 28)  # ours, measured: groups, and images per group, that are evaluated at once
 
 
@@ -140,7 +139,7 @@ def batch_innermost(images: Tensor) -> Tensor:
     return images.movedim(-4, -1).contiguous().movedim(-1, -4)
 
 
-with torch.device("meta"):  # shapes alone: each call brings its weights
+with torch.device("meta"):  # only shapes are needed; the weights come with each call
     FAST_NETWORK = Network(fast_convolve_pool)
 SHAPES = {name: parameter.shape for name, parameter in FAST_NETWORK.named_parameters()}
 PARAMETERS = sum(shape.numel() for shape in SHAPES.values())
@@ -209,7 +208,7 @@ def draw_batches(
     keep = np.ones((*numbers.shape, sum(HIDDEN)), np.float32)
     p = np.repeat(np.array(dropout, np.float32), HIDDEN)  # [96]
     for c, (own, rng) in enumerate(zip(members, rngs)):
-        epoch_of = numbers[c, : steps[c]].reshape(epochs, -1)  # [epochs, steps an epoch * B]
+        epoch_of = numbers[c, : steps[c]].reshape(epochs, -1)  # [epochs, steps per epoch * B]
         for epoch in range(epochs):
             epoch_of[epoch, : len(own)] = rng.permutation(own)
         if p.any():
@@ -221,7 +220,7 @@ def draw_batches(
 def batch_losses(
     W: Tensor, images: Tensor, labels: Tensor, pick: Tensor, share: Tensor, keep: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The clients' cross-entropies in nats, each on its batch `pick` [C, B] of the images: their sum, and each one [C].
+    """Cross-entropy in nats of each client on its batch `pick` [C, B] of the images: the sum, and the losses [C].
 
     A client's loss depends on its own row of W [C, P] alone. So the gradient of the sum [C, P] holds the gradient of
     every client. `share` [C, B] is 1 / (size of the batch), and 0 where a short batch is filled up.
@@ -234,8 +233,8 @@ def batch_losses(
 def record(function: Callable, *arguments: Tensor) -> Callable:
     """Record the operations that the function runs for arguments of these shapes; every step replays them.
 
-    vmap and autograd walk through the network in Python, which takes longer than the arithmetic. torch.jit is called
-    deprecated, but without its trace the recording would be about 20 % slower.
+    vmap and autograd walk through the network in Python, which takes longer than the arithmetic. PyTorch marks
+    torch.jit as deprecated, but without it the recording would be about 20 % slower.
     """
     operations = make_fx(function)(*arguments)
     with warnings.catch_warnings():
@@ -260,7 +259,7 @@ def train_stacked(
 
     The loop over steps never waits for the device: the data that it needs are sent there before.
     """
-    torch.empty(8_000_000)  # after 32 MB were freed once, glibc keeps freed memory for the next step
+    torch.empty(8_000_000)  # freeing 32 MB once makes glibc keep freed memory
     sizes = (numbers >= 0).sum(2)  # [C, S]
     widths, last = sizes.max(0), (sizes > 0).sum(1) - 1  # [S], [C]
     picks = torch.from_numpy(numbers.clip(0)).to(w.device)  # [C, S, B]
@@ -269,14 +268,15 @@ def train_stacked(
     keeps = torch.from_numpy(keep).to(w)  # [C, S, B, 96]
 
     W = w.expand(len(numbers), -1).clone()  # [C, P]
-    mean, square, count = torch.zeros_like(W), torch.zeros_like(W), torch.zeros((), device=w.device)  # Adam's
+    # The moments and the step count of Adam
+    mean, square, count = torch.zeros_like(W), torch.zeros_like(W), torch.zeros((), device=w.device)
     trained, losses = torch.empty_like(W), []
     for s, B in enumerate(widths.tolist()):
         gradients = recorded_gradients(len(W), B, W.device, W.dtype)
         gradient, loss = gradients(W, images, labels, picks[:, s, :B], shares[:, s, :B], keeps[:, s, :B])
         adam([W], [gradient], [mean], [square], [], [count], lr=lr, fused=True, **ADAM)
         losses.append(loss)
-        for c in np.flatnonzero(last == s):  # a client with fewer batches is done; its row is computed on, unused
+        for c in np.flatnonzero(last == s):  # a client with fewer batches is done; later steps do not matter
             trained[c] = W[c]
     return trained, (torch.stack(losses, 1) * portions).sum(1)
 
@@ -367,7 +367,7 @@ def metrics_by_client(logits: Tensor, labels: Tensor, owner: np.ndarray) -> tupl
 
 
 class Clients:
-    """The clients of a run and their data on the device: what a round asks of them.
+    """The clients of a run and their data on the device. Each method is one part of a round.
 
     `train` is the images uint8 [n, 28, 28], their labels int64 [n], and the labels under attack. `test` is the test
     images and labels. `shares` has one data.Share per client. `attacking(t)` says whether the malicious clients attack

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from harness import pages
 from harness.console import as_command
 from harness.drawing import HONEST, LINES, band, band_title, bundles, line, new_figure, over_seeds, prepare, save
-from harness.runs import CURVES, LABELS, SCORES, Run, by_start, find_runs, load_run, load_runs, strategy, title  # noqa: F401
+from harness.runs import CURVES, LABELS, SCORES, Run, by_start, find_runs, load_run, load_runs, strategy, title  # noqa: F401  for notebooks, as above
 from lab.figures import FIGURES, grid_figures
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def plot_samples(axes: Sequence[Axes], images: NDArray, labels: NDArray) -> None
 
 
 def plot_loss(ax: Axes, runs: Sequence[Run]) -> None:
-    """Fig. 3(a): mean cross-entropy (nats) of the participating clients, one line per run.
+    """Fig. 3(a): mean cross-entropy (nats) of the participating clients, one line per run (see harness/log.py).
 
     Runs that differ only in their seed share a line: their mean, with a band of one sample standard deviation to each
     side.
@@ -95,7 +95,7 @@ def running_mean(values: Any, window: int) -> Any:
 
 
 def plot_score(ax: Axes, run: Run, score: str) -> None:
-    """Reputation or trust (`score`, both 0 to 1) of each client over the rounds. Trust comes with the threshold."""
+    """Reputation or trust (`score`, both 0 to 1) of each client over the rounds. Trust includes the threshold."""
     prepare(ax, title(f"{score.capitalize()} of each client, {strategy(run)}", [run]), f"{score} (0 to 1)")
     ax.set_ylim(-0.05, 1.05)
     attackers = list(run.clients.loc[run.clients["malicious"] == 1, "client"].unique())
@@ -114,7 +114,7 @@ def plot_score(ax: Axes, run: Run, score: str) -> None:
 
 
 def attacker_style(client: int, number: int, rounds: int) -> dict[str, Any]:
-    """A strong line with about ten markers over the `rounds` scored. Markers of equal lines alternate."""
+    """The style of an attacker: a strong line with about ten markers over the `rounds` scored, which alternate."""
     step = max(2, rounds // 10) if rounds > 1 else 1
     return {
         "label": f"client {client} (attacker)", "color": ATTACKER, "linestyle": LINES[1 + number % 3],
@@ -124,7 +124,7 @@ def attacker_style(client: int, number: int, rounds: int) -> dict[str, Any]:
 
 
 def honest_style(client: int, excluded: bool) -> dict[str, Any]:
-    """A quiet line, the same for all honest clients. One that was excluded by mistake has its own label."""
+    """The style of honest clients: a thin grey line. A client that was excluded by mistake has its own label."""
     if excluded:
         return {"label": f"client {client} (honest, excluded)", "color": HONEST, "linestyle": LINES[2]}
     return {"label": "honest clients", "color": HONEST, "linewidth": 0.8}
@@ -134,7 +134,7 @@ def mark_exclusions(ax: Axes, run: Run, score: str) -> None:
     """An x in the first round in which a client is not averaged, at the last score that the client had."""
     points: list[tuple[int, float]] = []
     for _, history in run.clients.groupby("client"):
-        first = history.loc[history["active"] == 0, "round"].min()  # NaN, so no round is earlier, if never excluded
+        first = history.loc[history["active"] == 0, "round"].min()  # NaN if never excluded; then no round is selected
         scores = history.loc[history["round"] <= first, score].dropna()
         points += [(first, value) for value in scores.tail(1)]
     if points:
@@ -173,7 +173,7 @@ def figures(runs: Sequence[Run], folder: Path) -> Iterator[tuple[Path, Figure]]:
             yield group / name, figure
         if len(kinds := bundles(members)) > MOST_LINES:
             many = f"{len(kinds)} kinds of runs are too many for one figure of lines"
-            print(f"{folder / group}: {many}; put those to compare into a folder of their own", file=sys.stderr)
+            print(f"{folder / group}: {many}; copy the runs that you want to compare into one folder", file=sys.stderr)
             if (folder / group / "table.csv").is_file():  # the heat maps of an experiment show its runs
                 continue
         else:
@@ -227,8 +227,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="plot.py", description="Draw the figures of all runs at or below a folder.")
     parser.add_argument("folder", type=Path, help="a results folder of madsim.py, or the folder of one run")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where figures are written (default: FOLDER/figures)")
-    parser.add_argument("--report", action="store_true", help="also write one page with everything, report.html")
-    parser.add_argument("--play", action="store_true", help="write pages that play the runs, play-RUN.html, no figures")
+    parser.add_argument(
+        "--report", action="store_true", help="also write report.html: one page with all figures, tables and settings"
+    )
+    parser.add_argument("--play", action="store_true", help="write one page per run that plays it, and no figures")
     args = parser.parse_args(argv)
     if args.play and args.report:
         parser.exit(2, "plot: --play writes no figures, --report needs them; use one after the other\n")

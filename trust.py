@@ -25,7 +25,7 @@ Rule = Callable[[Array, Array, int], Array]  # rule(W [n, P], weights [n], f) ->
 def setting(default: Any, text: str, source: str, **limits: Any) -> Any:
     """A dataclass field with its help text and the source of its default.
 
-    `limits` are `low`, `high` or `choices`, and `option` if it has another name on the command line.
+    `limits` are `low`, `high` or `choices`, and `option`, its name on the command line if that differs.
     """
     return field(default=default, metadata={"help": text, "source": source, **limits})
 
@@ -54,20 +54,45 @@ class Settings:
     """
 
     clusters: int = setting(2, "K of K-means; with 1, all clients are the main cluster", "ours", choices=(1, 2))
-    silhouette: float = setting(0.25, "mean silhouette of a real split", "Kaufman and Rousseeuw 1990", low=-1, high=1)
+    silhouette: float = setting(
+        0.25, "a split is real above this mean silhouette", "Kaufman and Rousseeuw 1990", low=-1, high=1
+    )
     outlying: float = setting(1.25, "a group is outlying beyond this many spreads", "ours, measured", low=0)
-    scale_floor: float = setting(2.5, "without a group, spreads at which d = 0; 0: min-max", "ours, measured", low=0)
-    floored: str = setting("ungrouped", "when the scale floor holds", "ours", choices=("ungrouped", "always"))
-    alpha: float = setting(0.5, "d from which R rises, eq. (2)", "paper", low=0, high=1, option="alpha-reputation")
+    scale_floor: float = setting(
+        2.5, "without a group, d = 0 lies at least this many spreads away; 0: min-max", "ours, measured", low=0
+    )
+    floored: str = setting(
+        "ungrouped",
+        "the scale floor holds without an outlying group, or always",
+        "ours",
+        choices=("ungrouped", "always"),
+    )
+    alpha: float = setting(
+        0.5, "reputation rises from this d on, eq. (2)", "paper", low=0, high=1, option="alpha-reputation"
+    )
     beta_reputation: float = setting(0.75, "smoothing of reputation, eq. (4)", "paper", low=0, high=1)
     beta_trust: float = setting(0.85, "smoothing of trust, eq. (6)", "paper", low=0, high=1)
     threshold: float = setting(0.15, "trust below which a client is excluded", "testbed", low=0, high=1)
     equation2: str = setting("printed", "eq. (2) as printed, or the testbed's", "paper", choices=("printed", "testbed"))
     order: str = setting("clip-smooth", "order of eqs. (3) and (4)", "paper", choices=("clip-smooth", "smooth-clip"))
-    excluded: str = setting("dropped", "excluded clients leave or are scored", "paper", choices=("dropped", "observed"))
-    decision: str = setting("same", "exclude in the same round, or in the next", "ours", choices=("same", "next"))
-    first: str = setting("threshold", "whom the first exclusion hits", "paper", choices=("threshold", "lowest"))
-    nobody_left: str = setting("keep", "whom to average if none is left", "ours", choices=("keep", "everybody"))
+    excluded: str = setting(
+        "dropped", "excluded clients leave, or still train and are scored", "paper", choices=("dropped", "observed")
+    )
+    decision: str = setting(
+        "same", "exclude in the round in which trust falls too low, or in the next", "ours", choices=("same", "next")
+    )
+    first: str = setting(
+        "threshold",
+        "first exclusion: all below the threshold, or the lowest one",
+        "paper",
+        choices=("threshold", "lowest"),
+    )
+    nobody_left: str = setting(
+        "keep",
+        "if no client would be left: keep the active ones, or average all",
+        "ours",
+        choices=("keep", "everybody"),
+    )
 
     def __post_init__(self):
         check_limits(self)
@@ -93,7 +118,7 @@ PRESETS = {
 class State:
     """What the server knows after a round. Arrays are [C], with NaN for clients that were not scored in that round."""
 
-    round: int
+    round: int  # the last scored round; 0 before the first
     spread: float  # largest median distance of any round so far; 0 before the first round
     distance: Array  # from the centre of the main cluster, in units of the weights
     d: Array  # 1 central, 0 far
@@ -176,7 +201,9 @@ def outlying_group(squared: Array, spread: float, settings: Settings) -> Mask:
 
 def originals(W: Array) -> Mask:
     """The rows of W [n, P] that are not equal to an earlier row, as a mask [n]."""
-    first = {(row + 0.0).tobytes(): client for client, row in reversed([*enumerate(W)])}  # -0 + 0 = 0
+    first = {
+        (row + 0.0).tobytes(): client for client, row in reversed([*enumerate(W)])
+    }  # the sign of a zero does not matter
     return np.isin(np.arange(len(W)), list(first.values()))
 
 
@@ -197,8 +224,8 @@ def normalised_distance(W: Array, spread: float, settings: Settings) -> tuple[Ar
     """Distance [n], d [n] in [0, 1] and the new spread, from the weights W [n, P] of the scored clients.
 
     d = 1 - (distance - lo) / (hi - lo), where lo is the smallest distance and hi the largest. Without an outlying group
-    (or always, see `settings.floored`), hi is at least `settings.scale_floor` spreads: the farthest of some clients
-    that lie near one another is not far. hi = lo gives d = 1. Ours: the paper says "normalized Euclidean distance".
+    (or always, see `settings.floored`), hi is at least `settings.scale_floor` spreads: if all clients lie close
+    together, none of them counts as far. hi = lo gives d = 1. Ours: the paper says "normalized Euclidean distance".
     """
     squared = squared_distances(W)
     counted, main = main_cluster(W, squared, spread, settings)
@@ -215,7 +242,7 @@ def normalised_distance(W: Array, spread: float, settings: Settings) -> tuple[Ar
 
 
 def initial_reputation(d: Array) -> Array:
-    """Equation (1): R = d."""
+    """Equation (1): reputation R [n] is d [n] in [0, 1]."""
     return d
 
 
@@ -234,7 +261,7 @@ def update_reputation(previous: Array, d: Array, t: int, settings: Settings) -> 
 
 
 def trust_indicator(reputation: Array, d: Array) -> Array:
-    """Equation (5): the distance of (R, d) from (0, 0) minus its distance from (1, 1), in [-sqrt 2, sqrt 2]."""
+    """Equation (5) [n]: the distance of (R, d) from (0, 0) minus its distance from (1, 1), in [-sqrt 2, sqrt 2]."""
     return np.hypot(reputation, d) - np.hypot(1 - reputation, 1 - d)
 
 
@@ -291,11 +318,18 @@ def distrusted(trust: Array, active: Mask, t: int, mad_start: int | None, settin
 
 
 def mean(W: Array, weights: Array, f: int) -> Array:
-    """FedAvg: mean by training samples (McMahan et al. 2016).
+    """FedAvg, weighted by training images (McMahan et al. 2016).
 
-    W [n, P] are the models and `weights` [n] the numbers of training samples. f is not used.
+    W [n, P] are the models and `weights` [n] the numbers of training images. f is not used.
     """
     return np.average(W, axis=0, weights=weights)
+
+
+def check_clients(rule: Rule, clients: int, f: int) -> None:
+    """Raise ValueError if a rule has fewer clients than its mark `least(f)` asks for, to withstand f malicious ones."""
+    least = getattr(rule, "least", lambda f: 1)(f)
+    if clients < least:
+        raise ValueError(f"{rule.__name__} needs {least} clients to withstand {f} malicious ones; there are {clients}")
 
 
 def aggregate(
@@ -303,11 +337,14 @@ def aggregate(
 ) -> Array:
     """The next global weights w [P]: the `rule` applied to the active rows of W [C, P], in W's precision.
 
-    `weights` [C] are the numbers of training samples. `f` is the number of malicious clients among the C. Every
-    excluded client counts as one of them, so the rule must withstand that many fewer. `before` [P] are the last global
-    weights: a rule with the attribute `on_changes` works on the changes W - before. Raises ValueError if the rule needs
-    more clients.
+    `weights` [C] are the numbers of training images. `f` is the number of malicious clients among the C. Every excluded
+    client counts as one of them, so the rule must withstand that many fewer. A rule with the mark `on_changes` works on
+    the changes of the last global weights `before` [P]. Raises ValueError if the rule needs more clients, or `before`.
     """
     f = max(0, f - int((~active).sum()))
-    origin = before if before is not None and getattr(rule, "on_changes", False) else np.zeros(1, W.dtype)
-    return (origin + rule(W[active] - origin, weights[active], f)).astype(W.dtype)
+    check_clients(rule, int(active.sum()), f)
+    if not getattr(rule, "on_changes", False):
+        return rule(W[active], weights[active], f).astype(W.dtype)
+    if before is None:
+        raise ValueError(f"{rule.__name__} works on changes: it needs the last global weights `before`")
+    return (before + rule(W[active] - before, weights[active], f)).astype(W.dtype)

@@ -102,7 +102,7 @@ def heading(text: str) -> None:
 
 
 def spread(values: list[float], unit: float = 1) -> str:
-    """The median and the range in multiples of the unit."""
+    """Median and range of the values, each multiplied by `unit`."""
     low, middle, high = (function(values) * unit for function in (min, statistics.median, max))
     return f"{middle:8.2f}  ({low:.2f} to {high:.2f})"
 
@@ -132,7 +132,9 @@ def bench_round(turns: int) -> None:
         floors.append((training + evaluation) / product_rate())
 
     heading(f"median (range) of {turns} turns: 10 rounds stacked, 3 in a loop, one {MATRIX}^3 product")
-    print(f"arithmetic        {training / 1e9:.2f} GFLOP of training and {evaluation / 1e9:.2f} of evaluation a round")
+    print(
+        f"arithmetic        {training / 1e9:.2f} GFLOP of training and {evaluation / 1e9:.2f} of evaluation per round"
+    )
     for name, values in (*seconds.items(), ("floor", floors)):
         print(f"{name:<16} {spread(values, 1e3)} ms")
     print(f"stacked / floor  {spread(ratios(seconds['stacked'], floors))}")

@@ -1,1 +1,0 @@
-"""What runs and records: the command line, the terminal, run folders, jobs, pages."""

@@ -11,24 +11,20 @@ import sys
 from concurrent.futures import BrokenExecutor
 from dataclasses import asdict, fields, replace
 from difflib import get_close_matches
-from itertools import product
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 import data
-from harness.console import introduce, list_names, report, report_seeds, script, way_on
-from harness.folder import CHECKPOINT, complete, data_md5, hollow, identity, refuse_changes, refuse_folder
+from harness.console import introduce, list_names, report, report_seeds, way_on
+from harness.folder import CHECKPOINT, complete, data_md5, hollow, identity, refuse_changes, refuse_folder, script
 from harness.jobs import simulate_all, workers
 from lab.experiments import EXPERIMENTS, PAPER, tabulate, tidy
 from madsim import Config, Result, gather, simulate
 from trust import PRESETS, Settings
 
 QUICK = 60  # ours: rounds of --quick, with MAD from the middle; they take about 10 seconds on two cores
-MOST_RUNS = 10_000  # ours: of seeds, and of jobs
-NOT_RESULTS = {"out", "overwrite", "jobs", "backend", "scheduler", "data_root"}  # options that change no number
-
-
-# ---------------------------------------------------------------- options
+MOST_RUNS = 10_000  # ours: the largest number of seeds, and of jobs
+NOT_RESULTS = {"out", "overwrite", "jobs", "backend", "scheduler", "data_root"}  # options that do not change results
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,26 +41,28 @@ def make_parser() -> Parser:
     parser = Parser(
         usage="python madsim.py [--quick] [--rounds N] [--mad-start ROUND ...] [options]",
         description="Simulate federated learning under label flipping, with Model Anomaly Detection (MAD).",
-        epilog="Then `python plot.py results/` draws the results, and with --play it makes a page that plays them.",
+        epilog="Then `python plot.py results/` draws the results, or with --play makes one page per run that plays it.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
     add_options(parser.add_argument_group("a run"), Config)
     parser.add_argument("--list", action="store_true", help="list all attacks, rules, presets and so on, and exit")
     parser.add_argument("--quick", action="store_true", help=f"a short run: {QUICK} rounds, MAD from the middle")
-    several = parser.add_argument_group("several runs, and where they go")
-    several.add_argument("--seeds", type=int, metavar="N", help="run N seeds, from --seed on")
+    several = parser.add_argument_group("several runs and their folders")
+    several.add_argument("--seeds", type=int, metavar="N", help="run N seeds, starting at --seed")
     several.add_argument(
         "--experiment",
         choices=[*EXPERIMENTS, "paper"],
-        help="a grid of runs and their table; paper: all figures of the paper. The same command continues it",
+        help="a grid of runs and their table; paper: fig3a and fig3c. The same command continues an interrupted one",
     )
-    several.add_argument("--jobs", type=int, metavar="N", help="processes [default: one per core]")
+    several.add_argument("--jobs", type=int, metavar="N", help="number of parallel processes [default: one per core]")
     several.add_argument(
-        "--backend", choices=("loky", "dask"), help="processes here, or a Dask cluster [default: loky]"
+        "--backend", choices=("loky", "dask"), help="run on this machine, or on a Dask cluster [default: loky]"
     )
-    several.add_argument("--scheduler", metavar="ADDRESS", help="of the Dask cluster, such as tcp://host:8786")
-    several.add_argument("--out", type=Path, metavar="DIR", help="[default: results]")
+    several.add_argument(
+        "--scheduler", metavar="ADDRESS", help="address of the Dask scheduler, such as tcp://host:8786"
+    )
+    several.add_argument("--out", type=Path, metavar="DIR", help="folder for the run folders [default: results]")
     several.add_argument("--overwrite", action="store_true", help="replace run folders that exist")
     several.add_argument("--resume", type=Path, nargs="+", metavar="DIR", help="continue interrupted runs")
     mad = parser.add_argument_group("MAD")
@@ -107,14 +105,11 @@ def option(name: str) -> str:
     return "--" + renamed.get(name, name.replace("_", "-"))
 
 
-# ---------------------------------------------------------------- the runs that are asked for
-
-
 def plan(given: dict[str, Any]) -> dict[Path, Config]:
-    """The new runs that the options ask for, by their folders. A run that is asked for twice is there once."""
+    """The new runs that the options ask for, by their folders. A run that is asked for twice appears once."""
     check_execution(given)
     if "quick" in given and "experiment" in given:
-        raise ValueError("--quick and --experiment exclude each other; leave out one of them")
+        raise ValueError("--quick and --experiment can't be combined; leave out one of them")
     if "quick" in given:
         rounds = given.get("rounds", QUICK)
         given = {"rounds": rounds, "mad_start": [max(1, rounds // 2)]} | given
@@ -124,10 +119,13 @@ def plan(given: dict[str, Any]) -> dict[Path, Config]:
         base = configure(given, Config())
         starts = given.get("mad_start", [None])
         groups = {given.get("out", Path("results")): [replace(base, mad_start=start) for start in starts]}
-    runs: dict[Path, Config] = {}
-    for (folder, configs), seed in product(groups.items(), seeds_of(given)):
-        runs |= {folder / run.name: run for run in (replace(config, seed=seed) for config in configs)}
-    return runs
+    runs = [
+        (folder, replace(config, seed=seed))
+        for folder, configs in groups.items()
+        for seed in seeds_of(given)
+        for config in configs
+    ]
+    return {folder / run.name: run for folder, run in runs}
 
 
 def plan_experiments(given: dict[str, Any]) -> dict[Path, dict[tuple[str, str], Config]]:
@@ -136,7 +134,7 @@ def plan_experiments(given: dict[str, Any]) -> dict[Path, dict[tuple[str, str], 
     for name in PAPER if given["experiment"] == "paper" else [given["experiment"]]:
         experiment = EXPERIMENTS[name]
         if clash := sorted(experiment.sets() & given.keys()):
-            raise ValueError(f"experiment {name} sets {', '.join(map(option, clash))} itself; leave that out")
+            raise ValueError(f"experiment {name} sets {', '.join(map(option, clash))} itself; leave it out")
         groups[given.get("out", Path("results")) / name] = {
             cell: replace(configure(options, Config()), mad_start=options.get("mad_start"))
             for cell, options in experiment.cells(given).items()
@@ -170,10 +168,7 @@ def configure(given: dict[str, Any], base: Config) -> Config:
 
 
 def plan_resumed(given: dict[str, Any]) -> dict[Path, Config]:
-    """The runs in the folders of --resume, with the settings that they were begun with.
-
-    Raises ValueError for options that differ from these settings, and for options of new runs.
-    """
+    """The runs in the folders of --resume, with their own settings. Raises ValueError for options that differ."""
     check_execution(given)
     for name in ("seeds", "experiment", "overwrite", "out", "quick"):
         if name in given:
@@ -222,9 +217,6 @@ def make_ready(planned: dict[Path, Config], given: dict[str, Any]) -> tuple[dict
     return {folder: config for folder, config in planned.items() if folder not in finished}, dataset
 
 
-# ---------------------------------------------------------------- the command
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run what the command line asks for. Returns 0, or 130 after an interruption; invalid input exits with 2."""
     parser = make_parser()
@@ -258,8 +250,8 @@ def main(argv: list[str] | None = None) -> int:
             tabulate_all(given, dataset.md5)
         else:
             report_all(planned, done)
-    except (ValueError, OSError) as error:  # a file of a run or a table
-        if isinstance(error, OSError) and not error.filename:  # the output
+    except (ValueError, OSError) as error:  # the error concerns a file of a run or a table
+        if isinstance(error, OSError) and not error.filename:  # it concerns the output itself
             raise
         parser.error(str(error))
     for failure in (result for result in results if not isinstance(result, Result)):
@@ -278,8 +270,8 @@ def report_all(planned: dict[Path, Config], results: dict[Path, Result]) -> None
     if len({kind for _, kind, _ in cells}) < len(cells):
         report_seeds(tidy(cells))
     if there and (results or len(planned) > 1):
-        whole = os.path.commonpath([folder.absolute() for folder in there])
-        print(f"Figures      python {script('plot.py')} {str(*there) if len(there) == 1 else os.path.relpath(whole)}")
+        common = os.path.relpath(os.path.commonpath([folder.absolute() for folder in there]))
+        print(f"Figures      python {script('plot.py')} {common if len(there) > 1 else next(iter(there))}")
 
 
 def tabulate_all(given: dict[str, Any], md5: str) -> None:

@@ -9,15 +9,15 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-from harness.folder import unfinished
+from harness.folder import script, unfinished
 
 
 def as_command(main: Callable[[], int]) -> int:
-    """Run a `main` as a command of the shell. SIGTERM stops it as Ctrl-C does, and closed output is no traceback."""
+    """Run a `main` as a command of the shell. SIGTERM stops it as Ctrl-C does. Closed output is no traceback."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     streams: list[Any] = [stream for stream in (sys.stdout, sys.stderr) if stream]  # None: closed by the caller
     for stream in streams:
-        stream.reconfigure(errors="backslashreplace")  # the name of a folder may be no text
+        stream.reconfigure(errors="backslashreplace")  # a folder's name may hold bytes that are not text
     try:
         try:
             return main()
@@ -26,15 +26,9 @@ def as_command(main: Callable[[], int]) -> int:
                 stream.flush()
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # do not write the buffered rest again
-        if not isinstance(error, BrokenPipeError):  # `| head` has read enough; else, say, the disk is full
+        if not isinstance(error, BrokenPipeError):  # the reader closed the pipe; other errors: a full disk
             print(f"{Path(sys.argv[0]).stem}: the output can't be written: {error}", file=sys.stderr)
         return 1
-
-
-def script(name: str) -> str:
-    """The path of one of our scripts, as a command in the current folder names it."""
-    path = str(Path(__file__).parents[1] / name)
-    return min(os.path.relpath(path), path, key=len)
 
 
 def list_names() -> None:
@@ -110,7 +104,7 @@ def report(result: Any, folder: Path) -> None:
         stayed = f"{attackers} attacker{'s' * (attackers > 1)} stayed"
         print(f"Excluded     nobody; {stayed if attackers else 'nobody attacked'}")
     if s["kept_rounds"]:
-        print(f"Kept         all clients, in {len(s['kept_rounds'])} rounds that would have excluded all of them")
+        print(f"Kept         all clients in {len(s['kept_rounds'])} rounds, because all fell below the threshold")
     times = {f"round {len(rounds)}": rounds.iloc[-1], f"last {len(rounds.tail(50))}": rounds.tail(50).mean()}
     if s["jumps"]:
         t = s["jumps"][0]["round"]
@@ -135,7 +129,7 @@ def report_seeds(table: Any) -> None:
 
 
 def way_on(folders: Collection[Path], overwrite: bool = False) -> str:
-    """How to continue runs of which some are unfinished. `overwrite`: the command had the option --overwrite."""
+    """A hint how to continue unfinished runs, or "". `overwrite`: whether the command had --overwrite."""
     if len(folders) > 1:
         without = "without --overwrite " * overwrite
         return f"; the same command {without}continues" if any(folder.exists() for folder in folders) else ""

@@ -20,7 +20,7 @@ DPI = 150  # dots per inch of PNG files
 
 
 def new_figure(rows: int = 1, columns: int = 1, height: float = 4.2, width: float = 8, sharex: bool = True) -> Any:
-    """A figure (inches) and its Axes."""
+    """A figure of `width` x `height` inches, and its Axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -69,7 +69,7 @@ def over_seeds(members: Sequence[Run], column: str) -> Any:
 
 
 def band(ax: Axes, values: Any, **style: Any) -> None:
-    """The mean of the columns as a line. Of several columns also a band of one standard deviation to each side."""
+    """The mean of the columns as a line. Several columns also give a band of one deviation to each side."""
     mean, spread = values.mean(axis=1), values.std(axis=1)
     line(ax, values.index, mean, **style)
     if values.shape[1] > 1:

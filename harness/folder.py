@@ -16,8 +16,6 @@ import numpy as np
 CHECKPOINT = "checkpoint.npz"
 DIGITS = 6  # significant digits of all written numbers: more than an average of float32 numbers holds
 
-# ---------------------------------------------------------------- what a folder holds
-
 
 def hollow(folder: Path) -> bool:
     """Whether a run was killed while its folder was created, before its first checkpoint."""
@@ -67,9 +65,6 @@ def lock(file: Any) -> None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{Path(file.name).parent} is being written by another run of madsim") from None
-
-
-# ---------------------------------------------------------------- resuming
 
 
 def identity(about: dict) -> dict:
@@ -135,11 +130,8 @@ def check_numbers(arrays: dict[str, np.ndarray]) -> None:
         raise ValueError("its numbers are out of range")
 
 
-# ---------------------------------------------------------------- files
-
-
 def replace_file(path: Path, content: bytes) -> None:
-    """Replace a file as a whole: after a kill or on a full disk, the old or the new content is there, complete."""
+    """Replace a file. After a kill or on a full disk, the file has either its old or its new content."""
     unfinished = path.with_name(path.name + ".part")
     try:
         with naming(unfinished), open(unfinished, "wb") as file:
@@ -161,6 +153,12 @@ def naming(path: Path) -> Iterator[None]:
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
+
+
+def script(name: str) -> str:
+    """The path of one of our scripts, as a command in the current folder names it."""
+    path = str(Path(__file__).parents[1] / name)
+    return min(os.path.relpath(path), path, key=len)
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -51,8 +51,8 @@ def attempt(simulate: Callable, config: Any, folder: Path, dataset: Any, command
 def workers(scheduler: str | None) -> Iterator[None]:
     """Inside this block, joblib's Parallel runs on the Dask cluster at an address (None: on this machine).
 
-    Raises ValueError for workers with several threads, because PyTorch keeps its number of threads and its random state
-    per process. Raises OSError for a cluster that does not answer.
+    The workers must see the same folders and find madsim's modules. Raises ValueError for workers with several threads,
+    because PyTorch keeps its threads and its random state per process, and OSError for a cluster that does not answer.
     """
     if scheduler is None:
         yield

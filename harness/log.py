@@ -13,7 +13,7 @@ import zlib
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -72,6 +72,7 @@ class Log:
         self.seconds: list[float] = []
         self.kept: list[int] = []
         self.begun, self.summary = False, {"complete": False}
+        self.identity = identity(asdict(config)) | {"data's MD5": dataset.md5}
 
     def __enter__(self):
         return self
@@ -84,9 +85,6 @@ class Log:
             w, scores = self._reopen(w, scores)
         else:
             self._create()
-        self.first, self.lap = scores.round, time.perf_counter()
-        self.last = w, scores, self.last_marks()
-        self.save()
         self.bar = tqdm(
             total=self.config.rounds,
             initial=scores.round,
@@ -95,16 +93,20 @@ class Log:
             disable=None if self.show else True,  # None: no bar if the output is not a terminal
             dynamic_ncols=True,
         )
+        self.first, self.lap = scores.round, time.perf_counter()
+        self.last = w, scores, self.last_marks()
         self.begun = True
+        self.save()
         return w, scores
 
     def _create(self) -> None:
         """Create the folder of a new run."""
         if self.out:
-            self.out.mkdir(parents=True)
             of = self.dataset
-            about_data = {"name": of.name, "md5": of.md5, "note": of.note}
-            write_json(self.out / "config.json", asdict(self.config) | origin(self.members) | {"data": about_data})
+            about = {"data": {"name": of.name, "md5": of.md5, "note": of.note}}
+            about = asdict(self.config) | origin(self.members) | about
+            self.out.mkdir(parents=True)
+            write_json(self.out / "config.json", about)
             four = np.concatenate([np.flatnonzero(of.train_labels == label)[:2] for label in (0, 1)])  # for Fig. 2
             np.savez(self.out / "samples.npz", images=of.train_images[four], labels=of.train_labels[four])
         for table in self.tables:
@@ -113,14 +115,15 @@ class Log:
     def _reopen(self, w: np.ndarray, scores: State) -> tuple[np.ndarray, State]:
         """Put the folder back to its checkpoint; returns the checkpoint's weights and scores.
 
-        Its arrays have the types and shapes of the `w` and `scores` of a new run. Raises ValueError for the folder of
-        another run and for files that were changed.
+        Its arrays must have the types and shapes of the `w` and `scores` of a new run. Raises ValueError for another
+        run's folder and for changed files.
         """
-        assert self.out, "only a run with a folder can be resumed"
+        if not self.out:
+            raise ValueError("resume needs the folder of a run")
         kinds = {"w": w, "marks": self.last_marks(), "seconds": np.zeros(0), "kept_rounds": np.zeros(0, int)}
         kinds |= {name: np.asarray(value) for name, value in vars(scores).items()}
         found = read_checkpoint(self.out / CHECKPOINT, kinds)
-        refuse_changes(self.out, json.loads(str(found["run"])), self._identity())
+        refuse_changes(self.out, json.loads(str(found["run"])), self.identity)
         for table, (size, crc) in zip(self.tables, found["marks"].tolist()):
             table.reopen(size, crc)
             if table.filled != table.due(int(found["round"])):
@@ -138,9 +141,6 @@ class Log:
             write_json(self.out / "config.json", about | {"resumed": resumed})
         return found["w"], State(**state)
 
-    def _identity(self) -> dict[str, Any]:
-        return identity(asdict(self.config)) | {"data's MD5": self.dataset.md5}
-
     def __call__(self, t: int, W: np.ndarray, train_loss: np.ndarray, metrics: tuple, w: np.ndarray, scores: State):
         """Record round t: its row of rounds.csv, its rows of clients.csv, and from time to time a checkpoint."""
         loss, accuracy, test = metrics
@@ -157,7 +157,7 @@ class Log:
             received = self.last[0]  # the model that the clients received in this round
             self.membership.append([[t, *map(rounded, self.inference(received, t).values())]])
         if self.plane:
-            self.plane.append(self._points(t, W, scores, self.plane.last_rows()[:, 2:]))
+            self.plane.append(self._points(t, W, scores, self.plane.values[: self.plane.filled][-len(W) :, 2:]))
         self.kept += [t] * scores.kept
         now = time.perf_counter()
         self.seconds.append(now - self.lap)
@@ -199,7 +199,7 @@ class Log:
             content = io.BytesIO()
             arrays: dict[str, Any] = {"w": w, "marks": marks, "seconds": np.array(self.seconds[:t], float)}
             arrays |= {
-                "run": json.dumps(plain(self._identity())),
+                "run": json.dumps(plain(self.identity)),
                 "kept_rounds": np.array([r for r in self.kept if r <= t], int),
             }
             np.savez(content, **arrays, **vars(scores))
@@ -258,9 +258,9 @@ class Table:
 
     def __init__(self, name: str, columns: list[str], folder: Path | None, rounds: int, rows: int = 1, every: int = 1):
         self.columns, self.rows, self.every = columns, rows, every
-        self.path, self.mark = (folder or Path()) / name, (0, 0)
-        self.file: BinaryIO = open(os.devnull, "wb")  # until the run begins, and for a run without a folder
-        self.written = folder is not None
+        self.path: Any = folder and folder / name
+        self.file: Any = None
+        self.mark = (0, 0)
         # Room for all rows at once: rows that are kept one by one fragment the heap, and memory would grow.
         self.values, self.filled = np.empty((self.due(rounds), len(columns))), 0
 
@@ -270,7 +270,7 @@ class Table:
 
     def create(self) -> None:
         """Begin the file, with the names of the columns."""
-        if self.written:
+        if self.path:
             self.file = open(self.path, "xb")
             lock(self.file)
             self._write([self.columns])
@@ -282,8 +282,8 @@ class Table:
         content = self.file.read(size)
         if len(content) != size or zlib.crc32(content) != crc:
             raise ValueError(f"{self.path} was changed or cut short since the checkpoint; the run can't continue")
-        head, *lines = content.decode().splitlines() or [""]
-        if head != ",".join(self.columns) or len(lines) > len(self.values):
+        head, *lines = content.decode().split("\n")[:-1] or [""]
+        if not content.endswith(b"\n") or head != ",".join(self.columns) or len(lines) > len(self.values):
             raise ValueError(f"{self.path} has other columns or more rows than its run")
         for row, line in enumerate(lines):
             self.values[row] = [float(value or "nan") for value in line.split(",")]
@@ -301,7 +301,7 @@ class Table:
         self._write(rows)
 
     def _write(self, rows: list[list]) -> None:
-        if self.written:
+        if self.file:
             lines = (",".join("" if value != value else str(value) for value in row) + "\n" for row in rows)
             text = "".join(lines).encode()
             with naming(self.path):
@@ -311,12 +311,9 @@ class Table:
             self.mark = size + len(text), zlib.crc32(text, crc)
 
     def close(self) -> None:
-        with suppress(OSError):  # a full disk; the error was raised when the row was written
-            self.file.close()
-
-    def last_rows(self) -> np.ndarray:
-        """The rows of the last round."""
-        return self.values[self.filled - self.rows : self.filled]
+        if self.file:
+            with suppress(OSError):  # a full disk; the error was raised when the row was written
+                self.file.close()
 
     def frame(self, t: int):
         """The rows up to round t as a pandas frame."""
@@ -350,9 +347,6 @@ def plane(W: Array, spread: float, settings: Settings, before: Array) -> Array:
 def usual_seconds(config: Any) -> float:
     """The usual length of a round in seconds, on two cores that do nothing else."""
     return config.clients * config.epochs * ROUND_SECONDS
-
-
-# ---------------------------------------------------------------- config.json and summary.json
 
 
 def origin(members: Any) -> dict[str, Any]:

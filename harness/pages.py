@@ -22,9 +22,6 @@ PAGE_BYTES = 2_500_000  # of the numbers in a page that plays a run
 STEPS = (1, 1.5, 2, 3, 4, 6, 8, 10)  # the extents of a drawing: round, and at most half as large again as needed
 
 
-# ---------------------------------------------------------------- a page that plays a run
-
-
 def write_players(runs: list[Run], folder: Path, out: Path) -> int:
     """Write a page below `out` for each run at or below `folder` that can be played. Returns the exit status."""
     count = 0
@@ -53,7 +50,7 @@ def play(run: Run) -> str:
     curves = run.rounds.drop_duplicates("round").set_index("round")
     clients = clients[clients["round"].isin(curves.index)]
     if clients.empty:
-        raise ValueError("there is nothing to play: no plane.csv with the places of the models (at most 50 clients)")
+        raise ValueError("there is nothing to play; madsim writes plane.csv for at most 50 clients")
     members = sorted(clients["client"].unique())
     malicious = clients.groupby("client")["malicious"].max().reindex(members)
     excluded = clients[clients["active"] == 0].groupby("client")["round"].min().reindex(members)
@@ -71,7 +68,7 @@ def play(run: Run) -> str:
         "rounds": shown, "malicious": malicious, "excluded": excluded, "start": run.config.get("mad_start"),
         "threshold": (run.config.get("settings") or {}).get("threshold"),
         "reach": [float(f"{value:g}") for value in reach],
-        "points": [[*map(list, zip(*xy))] for xy in zip(table("x", thousandths), table("y", thousandths))],
+        "points": [list(zip(*xy)) for xy in zip(table("x", thousandths), table("y", thousandths))],
         "trust": table("trust", 100), "reputation": table("reputation", 100),
     }  # fmt: skip
     content |= {name: curves[name].reindex(shown).round(4) for name in CURVES}
@@ -81,26 +78,18 @@ def play(run: Run) -> str:
 
 
 def reaches(far: Any) -> Any:
-    """The extent of the drawing in each round: one of the STEPS times a power of ten.
-
-    It holds the farthest models (`far`, by round) of the five rounds before and after, so that it changes seldom.
-    """
+    """The extent of a drawing in each round: one of the STEPS times a power of ten. It rarely changes: it holds
+    the farthest models (`far`, by round) of the five rounds before and after."""
     far = far.replace(0, np.nan).rolling(11, center=True, min_periods=1).max().fillna(1)
     power = 10 ** np.floor(np.log10(far))
     return power * np.array(STEPS)[np.searchsorted(STEPS, far / power)]
 
 
 def frames(rounds: list[int], clients: int, excluded: Any) -> list[int]:
-    """The rounds that a page shows: all, or an even selection if all would take more than PAGE_BYTES.
-
-    A selection holds the first round, the last round, and all rounds in which clients were `excluded`.
-    """
+    """The rounds that a page shows: all, or an even choice that fits into PAGE_BYTES, with those of the `excluded`."""
     room = max(2, PAGE_BYTES // (22 * clients + 40) - len(excluded))  # bytes per client and per round
     even = {rounds[i] for i in np.linspace(0, len(rounds) - 1, min(room, len(rounds))).round().astype(int)}
     return sorted(map(int, even | set(excluded)))
-
-
-# ---------------------------------------------------------------- a page that reports runs
 
 
 def report(runs: Sequence[Run], pictures: Sequence[Path], folder: Path) -> str:

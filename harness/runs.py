@@ -19,8 +19,6 @@ from numpy.typing import NDArray
 
 from harness.folder import read_json
 
-DataFrame = Any  # pandas', which is imported where it is used
-
 CURVES = ("loss", "accuracy", "honest_accuracy")
 SCORES = ("reputation", "trust")
 JUMP_PARTS = {"composition": "fewer clients averaged", "model": "the model itself"}  # with their names in the figure
@@ -43,20 +41,17 @@ KINDS = {
 }  # fmt: skip
 
 
-# ---------------------------------------------------------------- reading runs
-
-
 @dataclass(frozen=True, eq=False)
 class Run:
     """A run's folder as read. What is missing in its files is missing here: a key, rows, or a value (NaN)."""
 
     folder: Path
     config: dict
-    rounds: DataFrame  # "round" and CURVES; one row per round
-    clients: DataFrame  # "round", "client", "malicious", "active" and SCORES; one row per round and client
+    rounds: Any  # "round" and CURVES; one row per round
+    clients: Any  # "round", "client", "malicious", "active" and SCORES; one row per round and client
     samples: tuple[NDArray, NDArray] | None  # images uint8 [4, 28, 28] and their labels [4]
     jump: dict | None  # at the first exclusion: its round, and loss and accuracy, each with its JUMP_PARTS
-    membership: DataFrame  # "round", and advantage, error and chance for each of OTHERS; empty if not measured
+    membership: Any  # "round", and advantage, error and chance for each of OTHERS; empty if not measured
 
     @property
     def name(self) -> str:
@@ -84,7 +79,7 @@ class Run:
 
     @property
     def data(self) -> str:
-        """The name of the data set. It says if the phantom replaced the real one."""
+        """The name of the data set. It says so if the phantom replaced the real one."""
         data = self.config.get("data") or {}
         name = data.get("name") or self.config.get("dataset") or "unknown data set"
         if name != "phantom":
@@ -93,10 +88,7 @@ class Run:
 
 
 def find_runs(folder: str | Path) -> list[Path]:
-    """All folders at or below `folder` with a config.json and a rounds.csv, sorted.
-
-    Raises FileNotFoundError if `folder` does not exist or holds no run.
-    """
+    """All run folders at or below `folder`, sorted. Raises FileNotFoundError if there is none."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; give a folder with results of madsim.py")
@@ -154,7 +146,7 @@ def read_config(path: Path) -> dict:
     return config
 
 
-def read_table(path: Path, keys: Sequence[str], values: Sequence[str]) -> DataFrame:
+def read_table(path: Path, keys: Sequence[str], values: Sequence[str]) -> Any:
     """These columns of a CSV file as numbers. Rows without all `keys` are left out. A missing value is NaN."""
     import pandas as pd
 
@@ -170,11 +162,10 @@ def read_table(path: Path, keys: Sequence[str], values: Sequence[str]) -> DataFr
     return table.astype(dict.fromkeys(keys, int))
 
 
-def read_grid(path: Path) -> DataFrame:
+def read_grid(path: Path) -> Any:
     """The complete runs of an experiment's table.csv, one row per run. Raises ValueError if a column is missing.
 
-    The added column `right` is the share of clients that were judged rightly: excluded attackers and honest clients
-    that were not excluded.
+    The added column `right` is the share of clients that were judged correctly.
     """
     import pandas as pd
 
@@ -216,11 +207,8 @@ def shortcomings(run: Run) -> str:
     """A text that says what of a run can't be drawn. Empty if everything can."""
     columns = {name: run.rounds[name] for name in CURVES} | {name: run.clients[name] for name in ("active", *SCORES)}
     absent = [name for name, values in columns.items() if values.isna().all()]
-    parts = [f"has {run.length}"] * run.unfinished + [f"nothing to draw of {', '.join(absent)}"] * bool(absent)
+    parts = [f"has {run.length}"] * run.unfinished + [f"no values for {', '.join(absent)}"] * bool(absent)
     return "; ".join(parts)
-
-
-# ---------------------------------------------------------------- labels of runs
 
 
 def strategy(run: Run) -> str:

@@ -1,1 +1,0 @@
-"""Beyond the paper: attacks, rules, partitions, privacy, experiments, and their figures."""

@@ -19,9 +19,9 @@ if TYPE_CHECKING:  # PyTorch is imported where it is used: the command line read
 NOISE = 0.5  # ours: ten times the standard deviation of an initial weight, 0.04
 SCALE = 10.0  # the paper's number of clients: one change, enlarged ten times, outweighs the nine others
 DEVIATIONS = 1.5  # Baruch et al.'s own z in their experiments
-EPSILON = 5.0  # ours: above 4, where 20 % attackers turn the average
+EPSILON = 5.0  # ours: with 20 % attackers, factors above 4 reverse the mean change
 HUG = 1.2  # ours: less than the 1.25 spreads of trust.Settings.outlying
-SMALL = 1e-12  # a distance of zero
+SMALL = 1e-12  # the smallest distance to divide by
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def manipulate_inner_product(W: Tensor, w: Tensor, rng: np.random.Generator) -> 
 
 
 def hug(W: Tensor, w: Tensor, rng: np.random.Generator, honest: Tensor) -> Tensor:
-    """Ours: each goes from the honest clients' centre towards its trained model, as far as MAD does not see.
+    """Ours: each goes from the honest clients' centre towards its trained model, as far out as MAD tolerates.
 
     It stops at `HUG` times the honest clients' median distance from their centre. MAD calls a group outlying only
     beyond 1.25 times the largest such median so far.
@@ -106,13 +106,13 @@ def hug(W: Tensor, w: Tensor, rng: np.random.Generator, honest: Tensor) -> Tenso
 
 
 ATTACKS: dict[str, Attack] = {
-    "label_flip": Attack("trains on flipped labels, both ways", flip_labels),
+    "label_flip": Attack("trains on flipped labels, both ways: data.flip_labels", flip_labels),
     "one_way_flip": Attack("trains on labels that call pneumonia normal", flip_one_way),
     "scaled": Attack("flips labels, submits ten times its change", flip_labels, scale_up),
     "nan": Attack("submits NaN in every weight", submit=submit_nan),
     "sign_flip": Attack("submits the opposite of its trained change", submit=flip_sign),
     "noise": Attack("adds normal noise to every weight", submit=add_noise),
-    "alie": Attack("A Little Is Enough: 1.5 deviations off (Baruch et al. 2019)", submit=a_little_is_enough),
-    "ipm": Attack("mean change, reversed, five times (Xie et al. 2020)", submit=manipulate_inner_product),
+    "alie": Attack("ALIE: mean minus 1.5 deviations (Baruch et al. 2019)", submit=a_little_is_enough),
+    "ipm": Attack("submits the mean change, reversed, times 5 (Xie et al. 2020)", submit=manipulate_inner_product),
     "hug": Attack("flips labels, stays just within what MAD tolerates", flip_labels, hug, sees_honest=True),
 }

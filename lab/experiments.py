@@ -8,8 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from harness.console import script
-from harness.folder import identity, read_json, replace_file, rounded
+from harness.folder import identity, read_json, replace_file, rounded, script
 from lab.attacks import ATTACKS
 from lab.rules import RULES
 
@@ -25,15 +24,12 @@ TABLED = {  # columns of an experiment's Markdown table: heading and decimals
 }  # fmt: skip
 
 
-# ---------------------------------------------------------------- the grids
-
-
 @dataclass(frozen=True)
 class Experiment:
-    """A grid of runs: each row with each column. Both are names with their options, as on the command line."""
+    """A grid of runs: each row with each column. Both map a name to options, as on the command line."""
 
-    about: str
-    rounds: int
+    about: str  # one sentence
+    rounds: int  # the length that the names of rows and columns refer to
     rows: dict[str, dict]
     columns: dict[str, dict]
 
@@ -42,10 +38,7 @@ class Experiment:
         return {name for part in (*self.rows.values(), *self.columns.values()) for name in part}
 
     def cells(self, given: dict) -> dict[tuple[str, str], dict]:
-        """The options of each cell by its row and column: the `given` options and its own.
-
-        If `given` has another number of rounds, the cell's own start rounds and periods are scaled to it.
-        """
+        """The options of each cell by row and column: the `given` ones and its own, scaled to the `given` rounds."""
         rounds = given.get("rounds", self.rounds)
         found = {}
         for row, column in product(self.rows, self.columns):
@@ -84,7 +77,7 @@ EXPERIMENTS = {
     ),
     "fig3c": Experiment("Fig. 3(c): MAD from early and late in a long run", 1000, mad_from(10, 500), {"": {}}),
     "readings": Experiment(
-        "readings of the points that the paper leaves open",
+        "different readings of what the paper leaves open",
         60,
         {
             **dropped_or_observed("min-max, K = 1", MIN_MAX | {"clusters": 1}),
@@ -117,7 +110,7 @@ EXPERIMENTS = {
         mad_from(None, 10),
     ),
     "defences": Experiment(
-        "MAD beside other rules, under every attack",
+        "MAD and other rules, under every attack",
         40,
         {f"mean, {name}": {"rule": "mean"} | options for name, options in mad_from(None, 5).items()}
         | {name: {"rule": name, "mad_start": None} for name in RULES if name != "mean"},
@@ -148,9 +141,6 @@ EXPERIMENTS = {
 PAPER = ("fig3a", "fig3c")  # --experiment paper
 
 
-# ---------------------------------------------------------------- tables
-
-
 def tidy(cells: list[tuple[Path, str, str]]) -> Any:
     """A pandas frame with one row per run: its row and column, its settings, and its results.
 
@@ -167,7 +157,7 @@ def tidy(cells: list[tuple[Path, str, str]]) -> Any:
         try:
             rows.append({"row": row, "column": column} | results_of(folder))
         except (LookupError, TypeError, AttributeError) as error:
-            raise ValueError(f"{folder}: its files are not those of a run ({error!r})") from None
+            raise ValueError(f"{folder}: its files are damaged ({error!r})") from None
     return DataFrame(rows)
 
 
@@ -257,4 +247,4 @@ def heading(name: str, table: Any, command: str) -> str:
 def scaled(name: str, table: Any) -> str:
     """A sentence for an experiment that ran another number of rounds than its names say; else empty."""
     own, rounds = EXPERIMENTS[name].rounds, int(table.rounds.max())
-    return f" The names give rounds out of {own}; they were scaled to {rounds}." * (own != rounds)
+    return f" Round numbers in the names refer to {own} rounds; here they were scaled to {rounds}." * (own != rounds)

@@ -65,7 +65,7 @@ def jump_figure(runs: Sequence[Run]) -> Figure | None:
 
 
 def plot_membership(ax: Axes, runs: Sequence[Run], others: str) -> None:
-    """The membership advantage (0 to 1, Yeom et al. 2018) that the attackers' last received model gives, by round.
+    """The membership advantage (0 to 1, Yeom et al. 2018) of the last model that the attackers received, per round.
 
     It compares the honest clients' training images with `others` ("test" or "validation" images). For runs that differ
     only in their seed it is the mean, with a band as in Fig. 3(a); otherwise the band is one standard error.
@@ -86,9 +86,9 @@ def plot_membership(ax: Axes, runs: Sequence[Run], others: str) -> None:
 
 
 def held_by_attackers(members: Sequence[Run], column: str) -> Any:
-    """A column of membership.csv, by round, for the last model that the attackers have received; mean over attackers.
+    """A column of membership.csv for the last model that the attackers (or else all clients) have received, on average.
 
-    Without attackers it is the mean over all clients. The pandas frame has one column 0, 1, ... per run.
+    The pandas frame has one row per round and one column 0, 1, ... per run.
     """
     import pandas as pd
 
@@ -111,7 +111,7 @@ def membership_figure(runs: Sequence[Run]) -> Figure | None:
     for ax, others in zip(axes, OTHERS):
         plot_membership(ax, runs, others)
     axes[0].set_xlabel("")
-    heading = title("Membership advantage that the attackers' last received model gives", runs)
+    heading = title("Membership advantage of the last model that the attackers received", runs)
     figure.suptitle(heading, fontsize="medium", x=0.02, ha="left")
     return figure
 
@@ -124,11 +124,7 @@ FIGURES: dict[str, Callable[[Sequence[Run]], Figure | None]] = {
 
 
 def plot_grid(ax: Axes, table: Any, values: str, texts: Any) -> None:
-    """A heat map of an experiment's `table`, a frame from `read_grid`, by its rows and columns.
-
-    The colour is the mean over the seeds of the column `values` (0 to 1). `texts` holds the text of each cell by
-    (row, column).
-    """
+    """A heat map of an experiment's `table` from `read_grid`: means of the column `values` (0 to 1), cell `texts`."""
     rows, columns = (list(dict.fromkeys(table[axis])) for axis in ("row", "column"))
     means = table.groupby(["row", "column"])[values].mean().unstack().reindex(index=rows, columns=columns)
     image = ax.imshow(means, cmap="cividis", aspect="auto", vmax=1)
@@ -157,7 +153,7 @@ def grid_figures(path: Path) -> Iterator[tuple[str, Figure]]:
     data, rounds = (" and ".join(map(str, table[name].unique())) for name in ("data", "rounds"))
     span = int(min(10, table["last"].max()))  # as in the table
     metric, share = f"last {span} of {rounds} rounds, mean ± standard deviation", f"after {rounds} rounds, mean"
-    for name, heading in (METRICS | {"right": "Share of clients judged rightly, and who was excluded"}).items():
+    for name, heading in (METRICS | {"right": "Share of clients judged correctly, and who was excluded"}).items():
         about = f"{data}, {share if name == 'right' else metric} over seeds {seeds}"
         figure, ax = new_figure(height=2 + 0.42 * rows, width=max(8, 3.5 + 0.85 * columns))
         plot_grid(ax, table, name, cell_texts(table, name))

@@ -1,4 +1,4 @@
-"""How the training images are dealt to the clients. To add a way, write a function and add an entry to `PARTITIONS`.
+"""How the training images are dealt to the clients. To add one, write a function and add an entry to `PARTITIONS`.
 
 A partition is a function `partition(labels [n], clients, alpha, rng)`. It returns one array of image numbers per
 client. The arrays are disjoint and hold all images. The first line of its docstring is what `--list` prints.
@@ -37,7 +37,7 @@ def dirichlet(labels: Labels, clients: int, alpha: float, rng: np.random.Generat
 def quantity(labels: Labels, clients: int, alpha: float, rng: np.random.Generator) -> list[Numbers]:
     """Clients differ in sizes alone (Li et al. 2022).
 
-    As `dirichlet`, but the images are dealt without regard to their labels.
+    As `dirichlet`, but the labels are ignored.
     """
     return dirichlet(np.zeros_like(labels), clients, alpha, rng)
 

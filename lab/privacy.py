@@ -11,7 +11,7 @@ RESAMPLES = 100  # ours: bootstrap samples; the standard error is then known to 
 
 
 class MembershipInference:
-    """The attack on the honest clients' training images, against their validation images and the test images."""
+    """Membership inference on the honest clients' training images, compared with validation and test images."""
 
     def __init__(self, clients: Clients):
         self.clients = clients
@@ -26,7 +26,7 @@ class MembershipInference:
         """What the global weights w [P], which the clients receive in round t, reveal of the training images.
 
         Returns the `membership_advantage` between the honest clients' training images and the test images, and between
-        the former and the validation images of the same clients, which come from the same collection. Each has its
+        the training images and the same clients' validation images, which come from the same collection. Each has its
         standard error (bootstrap over images, Efron 1979) and the advantage that chance alone gives.
         """
         logits = predict(self.clients.send(w), self.images)[: len(self.labels)].double()
@@ -50,13 +50,13 @@ class MembershipInference:
 
 
 def membership_advantage(members: np.ndarray, others: np.ndarray) -> float:
-    """The advantage in [0, 1] of an attack that takes images with a loss below a threshold for training images.
+    """The advantage in [0, 1] of an attack that calls an image a training image if its loss is below a threshold.
 
     It is the share of the losses `members` [n] below the threshold, minus that of `others` [m], at the best threshold.
     """
     return float(ks_2samp(members, others, alternative="greater", method="asymp").statistic)
 
 
-def chance_advantage(members: int, others: int) -> float:
-    """The expected advantage if members and others do not differ: the mean of Smirnov's limit (1939)."""
-    return float(np.sqrt(np.pi / 8 * (1 / members + 1 / others)))
+def chance_advantage(n: int, m: int) -> float:
+    """The expected advantage for n members and m others that do not differ: the mean of Smirnov's limit (1939)."""
+    return float(np.sqrt(np.pi / 8 * (1 / n + 1 / m)))

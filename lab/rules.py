@@ -7,6 +7,9 @@ uses `weights` or `f`. The first line of its docstring is what `--list` prints.
 Shapes: n clients, P parameters.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
 from trust import Array, Mask, Rule, mean, squared_distances, two_means
@@ -17,10 +20,18 @@ SMOOTHING = 1e-6  # added to the distances in Weiszfeld's steps (Pillutla et al.
 LAST_LAYER = slice(-66, -2)  # the weights of the network's last layer, 2 x 32, in a row of W; its 2 biases follow
 
 
-def on_changes(rule: Rule) -> Rule:
-    """Mark a rule that takes and returns changes of the global weights instead of weights; see `trust.aggregate`."""
-    rule.on_changes = True  # type: ignore[attr-defined]
-    return rule
+def mark(**marks: Any) -> Callable[[Rule], Rule]:
+    """Give a rule the marks that `trust.aggregate` reads.
+
+    `least(f)` is the number of clients that the rule needs to withstand f malicious ones. `on_changes` is True for a
+    rule that takes and returns changes of the global weights instead of weights.
+    """
+
+    def set_marks(rule: Rule) -> Rule:
+        vars(rule).update(marks)
+        return rule
+
+    return set_marks
 
 
 def median(W: Array, weights: Array, f: int) -> Array:
@@ -28,21 +39,21 @@ def median(W: Array, weights: Array, f: int) -> Array:
     return np.median(W, axis=0)
 
 
+@mark(least=lambda f: 2 * f + 1)
 def trimmed_mean(W: Array, weights: Array, f: int) -> Array:
     """Mean without the f extremes at each end (Yin et al. 2018)."""
-    need("trimmed_mean", len(W), f)
     return np.sort(W, axis=0)[f : len(W) - f].mean(0)
 
 
+@mark(least=lambda f: 2 * f + 3)
 def krum(W: Array, weights: Array, f: int) -> Array:
     """Krum: the model with the lowest score (Blanchard et al. 2017)."""
-    need("krum", len(W), f)
     return W[krum_scores(W, f).argmin()]
 
 
+@mark(least=lambda f: 2 * f + 3)
 def multi_krum(W: Array, weights: Array, f: int) -> Array:
     """Multi-Krum: mean of the n - f best (Blanchard et al. 2017)."""
-    need("multi_krum", len(W), f)
     return W[krum_scores(W, f).argsort(kind="stable")[: len(W) - f]].mean(0)
 
 
@@ -61,8 +72,8 @@ def geometric_median(W: Array, weights: Array, f: int) -> Array:
     """
     W = W.astype(np.float64)
     spread = np.sqrt(np.median(squared_distances(W), axis=1))
-    places = np.asarray(np.linalg.qr((W - W[spread.argmin()]).T, mode="r")).T  # [n, n], as far apart as the rows
-    distance = spread  # the start, so that the steps need not come back from an outlier
+    places = np.asarray(np.linalg.qr((W - W[spread.argmin()]).T, mode="r")).T  # [n, n], with the rows' distances
+    distance = spread  # a start that keeps the first step away from outliers
     share = np.zeros(len(W))
     for _ in range(WEISZFELD_STEPS):
         nearer = weights / np.maximum(distance, SMOOTHING)
@@ -75,7 +86,7 @@ def geometric_median(W: Array, weights: Array, f: int) -> Array:
     return share @ W
 
 
-@on_changes
+@mark(on_changes=True)
 def norm_clipping(U: Array, weights: Array, f: int) -> Array:
     """Mean of the changes, long ones clipped (Sun et al. 2019).
 
@@ -86,12 +97,12 @@ def norm_clipping(U: Array, weights: Array, f: int) -> Array:
     return mean(U * factors[:, None], weights, f)
 
 
-@on_changes
+@mark(on_changes=True)
 def lfighter(U: Array, weights: Array, f: int) -> Array:
     """LFighter: clusters the last layers (Jebreel et al. 2023).
 
-    This is the method for two classes. It splits the changes U [n, P] of the last layer into two clusters and averages
-    the good one: the larger cluster whose members differ more, because attackers resemble one another.
+    This is the method for two classes. It splits the changes U [n, P] of the last layer into two clusters. It averages
+    the cluster for which size times dissimilarity is larger, because attackers are few and resemble one another.
     """
     last = U[:, LAST_LAYER]
     squared = squared_distances(last)
@@ -107,13 +118,6 @@ def lfighter(U: Array, weights: Array, f: int) -> Array:
 
     good = group if dissimilarity(group) > dissimilarity(~group) else ~group
     return mean(U[good], weights[good], f)
-
-
-def need(rule: str, clients: int, f: int) -> None:
-    """Raise ValueError if a rule has too few clients to withstand f malicious ones."""
-    least = {"trimmed_mean": 2 * f + 1, "krum": 2 * f + 3, "multi_krum": 2 * f + 3}.get(rule, 1)
-    if clients < least:
-        raise ValueError(f"{rule} needs {least} clients to withstand {f} malicious ones; there are {clients}")
 
 
 RULES: dict[str, Rule] = {

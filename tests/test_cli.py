@@ -80,14 +80,14 @@ def test_several_mad_starts_and_seeds_make_several_runs(quick, tmp_path, capsys)
         ("--dataset mnist", "dataset 'mnist' is unknown; known: auto, pneumoniamnist, phantom"),
         ("--preset x", "invalid choice: 'x' (choose from"),
         ("--experiment fig9", "invalid choice: 'fig9' (choose from"),
-        ("--experiment fig3a --mad-start 3", "experiment fig3a sets --mad-start itself; leave that out"),
-        ("--experiment noniid --alpha 1", "experiment noniid sets --alpha itself; leave that out"),
+        ("--experiment fig3a --mad-start 3", "experiment fig3a sets --mad-start itself; leave it out"),
+        ("--experiment noniid --alpha 1", "experiment noniid sets --alpha itself; leave it out"),
         ("--alpha-reputation 2", "alpha (--alpha-reputation) 2.0 must be at least 0 and at most 1"),
-        ("--experiment fig3a --quick", "--quick and --experiment exclude each other"),
+        ("--experiment fig3a --quick", "--quick and --experiment can't be combined"),
         ("--rounds 2 --attack-start 5", "attack_start 5 lies beyond the 2 rounds; use 1 to 2"),
         ("--rounds 2 --membership 10", "membership 10 lies beyond the 2 rounds"),
         ("--alpha 1", "concentration (--alpha) 1.0 changes nothing with partition iid"),
-        ("--attack noise --flip 0.5", "flip 0.5 changes nothing: attack noise flips no labels"),
+        ("--attack noise --flip 0.5", "flip 0.5 changes nothing, because attack noise flips no labels"),
         (
             "--rule multi_krum --malicious 0.4",
             "multi_krum needs 11 clients to withstand 4 malicious ones; there are 10",
@@ -156,7 +156,7 @@ def test_a_data_root_that_is_a_file_gets_one_line(capsys, tmp_path):
 
 def test_a_rule_that_mad_leaves_too_few_clients_ends_in_one_line_that_names_the_round(capsys, tmp_path, quick):
     """Plain min-max excludes somebody each round; Krum needs 3 clients, and keeps the rounds that it had."""
-    words = "--rounds 9 --mad-start 1 --clients 4 --malicious 0 --clusters 1 --scale-floor 0 --rule krum"
+    words = "--rounds 9 --mad-start 1 --clients 5 --malicious 0 --clusters 1 --scale-floor 0 --rule krum"
     line = refusal(capsys, *words.split(), "--dataset", "phantom", "--out", tmp_path)
     t = int(re.search(r"madsim: round (\d+): krum needs 3 clients to withstand 0 malicious ones", line)[1])
     (folder,) = tmp_path.iterdir()

@@ -218,4 +218,4 @@ def test_the_command_refuses_a_folder_that_exists(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         data.main(["--png", str(tmp_path), "--dataset", "phantom"])
     assert stop.value.code == 2
-    assert capsys.readouterr().err == f"data.py: {tmp_path} exists; name a new folder\n"
+    assert capsys.readouterr().err == f"data.py: {tmp_path} exists; give the name of a new folder\n"

@@ -210,7 +210,7 @@ def test_a_scheduler_that_does_not_answer_is_one_line(tmp_path, capsys, monkeypa
 
 def test_an_experiment_sets_its_own_options(capsys, tmp_path):
     text = refusal(capsys, "--experiment", "attacks", "--flip", "0.5", "--mad-start", "3", "--out", tmp_path / "out")
-    assert text == "madsim: experiment attacks sets --flip, --mad-start itself; leave that out\n"
+    assert text == "madsim: experiment attacks sets --flip, --mad-start itself; leave it out\n"
 
 
 def test_what_an_experiment_asks_for_twice_is_run_once():

@@ -17,7 +17,7 @@ MAY = {  # file -> what it may import of ours
     **{leaf: set() for leaf in PAPER},
     **{registry: PAPER for registry in REGISTRIES},
     "lab.privacy": PAPER,
-    "lab.experiments": REGISTRIES | {"harness.console", "harness.folder"},
+    "lab.experiments": REGISTRIES | {"harness.folder"},
     "lab.figures": READERS,
     "madsim": PAPER | REGISTRIES | {"harness.log", "harness.folder"},
     "plot": READERS | {"lab.figures"},
@@ -42,7 +42,8 @@ def imports(tree: ast.AST) -> set[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {name.name for name in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module and not node.level, "imports are absolute"
             found |= {node.module} | {f"{node.module}.{name.name}" for name in node.names}
     return found
 

@@ -124,6 +124,11 @@ def test_names_tell_what_differs_from_the_defaults():
     assert Config(threads=1, device="cpu", data_root="x").name == "nomad-s0"
 
 
+def test_a_run_is_resumed_in_its_folder():
+    with pytest.raises(ValueError, match="resume needs the folder of a run"):
+        simulate(Config(rounds=1, dataset="phantom"), resume=True)
+
+
 def test_malicious_clients_attack_from_their_start_for_a_period_at_a_time():
     on_off = Config(attack_start=3, attack_period=2)
     assert [t for t in range(1, 11) if on_off.attacking(t)] == [3, 4, 7, 8]

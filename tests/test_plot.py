@@ -437,7 +437,7 @@ def test_run_killed_in_its_first_round_is_one_line(tmp_path, capsys, torn):
     make_run(tmp_path / "b")
     assert plot.main([str(tmp_path)]) == 0
     output = capsys.readouterr()
-    assert output.err.startswith(f"{folder}: has 0 of 4 rounds; nothing to draw of loss, accuracy,")
+    assert output.err.startswith(f"{folder}: has 0 of 4 rounds; no values for loss, accuracy,")
     assert output.err.count("\n") == 1
     assert "trust-b.png" in output.out and "trust-a.png" not in output.out
 
@@ -450,7 +450,7 @@ def test_missing_columns_and_files_leave_the_rest(tmp_path, capsys):
     assert plot.main([str(tmp_path)]) == 0
     output = capsys.readouterr()
     assert [Path(line).name for line in output.out.splitlines()[:-1]] == ["fig2.png", "loss.png"]
-    assert "nothing to draw of accuracy, honest_accuracy, active, reputation, trust" in output.err
+    assert "no values for accuracy, honest_accuracy, active, reputation, trust" in output.err
 
 
 DAMAGED = ["{", "[]", "[" * 10**5, '{"rounds": "many"}', '{"settings": {"threshold": []}}', '{"malicious": NaN}']
@@ -535,7 +535,7 @@ def test_runs_of_other_lengths_and_data_share_a_figure_that_says_so(tmp_path, ca
     assert [len(line.get_xdata()) for line in ax.lines] == [4, 9]
     assert heading(ax).endswith("PneumoniaMNIST and phantom images, 4 rounds and 9 rounds, seed 0")
     assert plot.main([str(tmp_path)]) == 0
-    assert capsys.readouterr().err == f"{longer}: nothing to draw of honest_accuracy\n"
+    assert capsys.readouterr().err == f"{longer}: no values for honest_accuracy\n"
 
 
 @pytest.mark.slow

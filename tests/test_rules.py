@@ -32,7 +32,7 @@ def test_the_trimmed_mean_by_hand():
     assert aggregate(ROWS, ONES, ONES > 0, RULES["trimmed_mean"]).tolist() == [3, 3]  # nobody is thought malicious
     assert rules.trimmed_mean(column(1, 9, 1, 9), ONES, 1).tolist() == [5]  # ties: one of each goes
     with pytest.raises(ValueError, match="trimmed_mean needs 5 clients to withstand 2 malicious ones; there are 4"):
-        rules.trimmed_mean(ROWS, ONES, 2)
+        aggregate(ROWS, ONES, ONES > 0, rules.trimmed_mean, 2)
 
 
 def test_krum_by_hand():
@@ -44,8 +44,10 @@ def test_krum_by_hand():
     assert rules.krum_scores(five, 1).tolist() == pytest.approx([10, 7, 7, 113, 113])
     assert rules.multi_krum(five, np.ones(5), 1).tolist() == [3, 3]  # the mean of the first four
     assert rules.multi_krum(ROWS, ONES, 0).tolist() == [3, 3]  # f = 0: everybody
-    with pytest.raises(ValueError, match="krum needs 5 clients to withstand 1 malicious ones; there are 4"):
-        rules.krum(ROWS, ONES, 1)
+    for rule in (rules.krum, rules.multi_krum):
+        with pytest.raises(ValueError, match="krum needs 5 clients to withstand 1 malicious ones; there are 4"):
+            aggregate(ROWS, ONES, ONES > 0, rule, 1)
+        assert aggregate(five, np.ones(5), np.ones(5) > 0, rule, 1).shape == (2,)  # five are enough
 
 
 def test_the_geometric_median_by_hand():
@@ -126,6 +128,12 @@ def test_the_last_layer_is_the_networks():
     assert (weight, bias) == ("output.weight", "output.bias")
     row = np.arange(PARAMETERS)[rules.LAST_LAYER]
     assert len(row) == SHAPES[weight].numel() and row[-1] == PARAMETERS - 1 - SHAPES[bias].numel()
+
+
+@pytest.mark.parametrize("rule", [rules.norm_clipping, rules.lfighter])
+def test_a_rule_of_changes_asks_for_the_last_weights(rule):
+    with pytest.raises(ValueError, match=f"{rule.__name__} works on changes: it needs the last global weights"):
+        aggregate(np.ones((3, 70)), np.ones(3), np.ones(3, bool), rule)
 
 
 @pytest.mark.parametrize("rule", RULES)

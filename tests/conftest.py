@@ -1,8 +1,8 @@
-"""What the tests share: the data sets, and a small federation that trains in a moment."""
+"""Fixtures and helpers that all tests share."""
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"  # federations this small train faster on one thread
+os.environ["OMP_NUM_THREADS"] = "1"  # small federations train faster on one thread
 
 # isort: split
 import signal
@@ -19,9 +19,9 @@ from harness import drawing
 from harness.cli import main
 from lab import experiments
 
-FULL = False  # whether the slow tests run too
+FULL = False  # True if the slow tests run too
 HERE = Path(__file__).resolve().parents[1]
-# A shell's background job ignores Ctrl-C, and so would what the tests start and interrupt.
+# A background job of a shell ignores Ctrl-C. The processes that the tests start and interrupt would ignore it too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -31,18 +31,18 @@ def pytest_configure(config):
 
 
 def examples(count: int) -> int:
-    """The number of random examples of a property: `count` in the full suite, a tenth in the quick one."""
+    """The number of random examples of a property: `count` in the full suite, a tenth of it in the quick suite."""
     return count if FULL else count // 10
 
 
 def some(names, *quick: str) -> list:
-    """All names for parametrize, those marked slow that are not `quick`."""
+    """All names for parametrize. Names that are not in `quick` are marked slow."""
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @pytest.fixture(autouse=True)
 def quickly(monkeypatch):
-    """One thread, also after a test that took more, and figures with few dots."""
+    """Draw figures with few dots. Go back to one thread after a test that used more."""
     monkeypatch.setattr(drawing, "DPI", 30)
     yield
     torch.set_num_threads(1)
@@ -55,7 +55,7 @@ def phantom() -> data.Dataset:
 
 @pytest.fixture(scope="session")
 def small(phantom) -> data.Dataset:
-    """The phantom made small: a round of ten clients takes some 30 ms."""
+    """A small part of the phantom. A round of ten clients takes about 30 ms."""
     return part(phantom)
 
 
@@ -72,7 +72,7 @@ def part(dataset: data.Dataset) -> data.Dataset:
 
 @pytest.fixture(scope="session")
 def real_root() -> Path:
-    """The folder of the real PneumoniaMNIST; a test that needs it is skipped where it is absent."""
+    """The folder of the real PneumoniaMNIST. A test that needs it is skipped if the data set is absent."""
     root = Path(os.environ.get("MADSIM_DATA", Path.home() / ".medmnist"))
     if not (root / data.FILE).is_file():
         pytest.skip(f"{data.FILE} is not in {root}; name its folder by MADSIM_DATA to run this test")
@@ -86,13 +86,13 @@ def real(real_root) -> data.Dataset:
 
 @pytest.fixture
 def quick(small, monkeypatch):
-    """The phantom is the small one, so that a round takes a moment."""
+    """Replace the phantom with the small part of it, so that rounds are fast."""
     monkeypatch.setattr(data, "phantom", lambda seed=0, note="": replace(small, note=note))
 
 
 @pytest.fixture
 def grid(quick, monkeypatch):
-    """The words for an experiment of four runs of 4 rounds, in this process: two cells, two seeds."""
+    """The arguments of an experiment with two cells and two seeds: four runs of 4 rounds, in this process."""
     columns = {"none": {"malicious": 0.0}, "two": {"malicious": 0.25}}
     experiment = experiments.Experiment("two by one", 4, experiments.mad_from(2), columns)
     monkeypatch.setitem(experiments.EXPERIMENTS, "grid", experiment)
@@ -100,13 +100,13 @@ def grid(quick, monkeypatch):
 
 
 def command(*arguments: str | Path, **options) -> subprocess.Popen:
-    """`python madsim.py ARGUMENTS` in a process of its own."""
+    """Start `python madsim.py ARGUMENTS` in a separate process."""
     words = [sys.executable, HERE / "madsim.py", *arguments]
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
 def refusal(capsys, *arguments: str | Path) -> str:
-    """The one line with which the command line refuses these arguments."""
+    """The line with which the command line refuses these arguments. It must be the only line of error output."""
     with pytest.raises(SystemExit) as stop:
         main(list(map(str, arguments)))
     assert stop.value.code == 2

@@ -1,4 +1,4 @@
-"""lab/attacks.py: every attack, with numbers worked by hand."""
+"""Tests of lab/attacks.py: every attack, with numbers worked out by hand."""
 
 import numpy as np
 import pytest
@@ -15,8 +15,8 @@ TRAINED, GLOBAL = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([1.0, 1.0
     [
         ("sign_flip", [[1, 0], [-1, -2]]),  # 1 - (W - 1)
         ("scaled", [[1, 11], [21, 31]]),  # 1 + 10 (W - 1)
-        ("alie", [[0.5, 1.5], [0.5, 1.5]]),  # means 2 and 3, deviations 1 and 1: less 1.5 of them
-        ("ipm", [[-4, -9], [-4, -9]]),  # mean change 1 and 2: 1 - 5 of them
+        ("alie", [[0.5, 1.5], [0.5, 1.5]]),  # the means 2 and 3 minus 1.5 times the deviations 1 and 1
+        ("ipm", [[-4, -9], [-4, -9]]),  # 1 minus 5 times the mean changes 1 and 2
     ],
 )
 def test_attacks_by_hand(name, expected):
@@ -38,7 +38,8 @@ def test_noise_is_drawn_from_the_generator():
 
 
 def test_hug_by_hand():
-    # The honest centre is (1, 0), their distances 1 and 1: the attacker comes as near as 1.2, or stays where it is.
+    # The honest centre is (1, 0), and the honest distances are 1 and 1. An attacker moves to the distance 1.2, or stays
+    # where it is if it is closer.
     honest = torch.tensor([[0.0, 0.0], [2.0, 0.0]])
     W = torch.tensor([[1.0, 10.0], [1.0, 0.5], [1.0, 0.0]])
     hugged = ATTACKS["hug"].submissions(W, GLOBAL, honest, np.random.default_rng(0))
@@ -68,7 +69,7 @@ def test_only_an_attack_that_sees_the_honest_models_gets_them():
 def test_every_attack_does_something_and_says_what(name):
     attack = ATTACKS[name]
     assert attack.poison or attack.submit
-    assert 10 < len(attack.about) <= 61 and "\n" not in attack.about  # one line of 80 columns in --list
+    assert 10 < len(attack.about) <= 61 and "\n" not in attack.about  # it fits one line of 80 columns in --list
 
 
 def test_one_way_flips_call_pneumonia_normal_and_never_the_other_way():

@@ -1,4 +1,4 @@
-"""bench/bench.py: that it measures what it says; the numbers themselves are the machine's."""
+"""Tests of bench/bench.py: it measures what it says. The numbers themselves depend on the machine."""
 
 import cProfile
 import json
@@ -12,7 +12,7 @@ from madsim import Config, gather
 
 
 def test_floating_point_operations_by_hand(phantom):
-    """Two for every multiplication and addition; the first layer's images need no gradient."""
+    """A multiplication and an addition count as two operations. The images of the first layer need no gradient."""
     clients = gather(Config(), phantom)
     conv1, conv2 = 2 * 24 * 24 * 6 * 25, 2 * 8 * 8 * 16 * 6 * 25
     linear = 2 * (256 * 64 + 64 * 32 + 32 * 2)

@@ -1,4 +1,4 @@
-"""harness/cli.py, harness/console.py: the command line, its refusals, and what the terminal says."""
+"""Tests of harness/cli.py and harness/console.py: the command line, its error lines, and the terminal output."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def test_a_client_that_submits_nan_is_out_at_once_and_named(small, tmp_path, qui
     for client in (first, second):
         assert f"client {client} (attacker, submitted NaN or infinity) in round 1" in printed
     rounds = pd.read_csv(tmp_path / "nomad-rounds3-nan-phantom-s0" / "rounds.csv")
-    assert rounds.notna().all(axis=None)  # it reached neither the scores nor the average
+    assert rounds.notna().all(axis=None)  # NaN reached neither the scores nor the average
 
 
 @pytest.mark.slow
@@ -103,7 +103,7 @@ def test_several_mad_starts_and_seeds_make_several_runs(quick, tmp_path, capsys)
     ],
 )
 def test_bad_input_gets_one_line(arguments, expected, capsys, tmp_path):
-    if expected is None:  # the same run twice is run once
+    if expected is None:  # a run that is given twice is run once
         args = cli.make_parser().parse_args([*arguments.split(), "--out", str(tmp_path)])
         assert len(cli.plan(vars(args))) == 1
         return
@@ -126,7 +126,7 @@ def test_a_folder_that_exists_is_not_overwritten_unless_asked(capsys, tmp_path, 
     (folder,) = tmp_path.iterdir()
     before = (folder / "summary.json").read_bytes()
     assert f"{folder} exists; add --overwrite to replace it" in refusal(capsys, *words)
-    if not torch.cuda.is_available():  # refused before the earlier results are touched
+    if not torch.cuda.is_available():  # it is refused before the earlier results are touched
         refusal(capsys, *words, "--overwrite", "--device", "cuda")
     assert (folder / "summary.json").read_bytes() == before
     assert main([*words, "--overwrite"]) == 0
@@ -155,12 +155,12 @@ def test_a_data_root_that_is_a_file_gets_one_line(capsys, tmp_path):
 
 
 def test_a_rule_that_mad_leaves_too_few_clients_ends_in_one_line_that_names_the_round(capsys, tmp_path, quick):
-    """Plain min-max excludes somebody each round; Krum needs 3 clients, and keeps the rounds that it had."""
+    """Plain min-max excludes clients in each round until Krum has fewer than 3. The earlier rounds are kept."""
     words = "--rounds 9 --mad-start 1 --clients 5 --malicious 0 --clusters 1 --scale-floor 0 --rule krum"
     line = refusal(capsys, *words.split(), "--dataset", "phantom", "--out", tmp_path)
     t = int(re.search(r"madsim: round (\d+): krum needs 3 clients to withstand 0 malicious ones", line)[1])
     (folder,) = tmp_path.iterdir()
-    assert t > 1 and len((folder / "rounds.csv").read_text().splitlines()) == t  # the head, and the rounds before
+    assert t > 1 and len((folder / "rounds.csv").read_text().splitlines()) == t  # the header and t - 1 rounds
     assert not json.loads((folder / "summary.json").read_text())["complete"]
 
 
@@ -212,7 +212,7 @@ def test_the_list_names_everything_with_a_line(capsys):
     known = {*ATTACKS, *PARTITIONS, *RULES, *PRESETS, *EXPERIMENTS}
     for name in known:
         assert re.search(rf"^  {name} +\S.{{8}}", out, re.MULTILINE), name
-    assert len(out.splitlines()) == len(known) + 6 and max(map(len, out.splitlines())) <= 80  # 5 kinds, and `paper`
+    assert len(out.splitlines()) == len(known) + 6 and max(map(len, out.splitlines())) <= 80  # 5 headings, `paper`
     for words in (
         "Krum: the model with the lowest score",
         "9 settings differ",
@@ -229,7 +229,7 @@ def test_a_quick_story_has_an_attack_and_an_exclusion(quick, tmp_path, capsys):
     assert "1 run, 60 rounds in all, about 10 seconds" in out
     assert json.loads((tmp_path / "mad30-rounds60-phantom-s0" / "summary.json").read_text())["complete"]
     shorter = ["--quick", "--rounds", "31", "--clients", "4", "--malicious", "0", "--dataset", "phantom", "--out"]
-    assert main([*shorter, str(tmp_path)]) == 0  # what is given besides holds
+    assert main([*shorter, str(tmp_path)]) == 0  # other options override --quick
     out = capsys.readouterr().out
     assert "31 rounds in all" in out and "Excluded     nobody; nobody attacked\n" in out
     assert (tmp_path / "mad15-rounds31-clients4-malicious0-phantom-s0").is_dir()
@@ -253,6 +253,6 @@ def test_times_are_said_roughly(seconds, words):
 def test_help_is_quick_and_says_where_defaults_come_from():
     start = time.perf_counter()
     out, _ = command("--help").communicate(timeout=60)
-    assert time.perf_counter() - start < 2  # 0.15 s where it was measured; the bound allows for a busy machine
+    assert time.perf_counter() - start < 2  # measured: 0.15 s; the bound allows for a busy machine
     for words in ("default: 1000, paper: 100 to", "--beta-trust", "--scale-floor", "Kaufman and", "default: results"):
         assert words in out

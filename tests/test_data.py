@@ -1,4 +1,4 @@
-"""data.py: the data sets, the split, the label attack, the PNG files."""
+"""Tests of data.py: the data sets, the split, the label attack, the PNG files."""
 
 import time
 
@@ -23,7 +23,7 @@ def test_the_split_is_disjoint_and_uses_every_image(n, draws):
 def test_the_papers_split():
     shares, _ = data.share_out(np.zeros(4708, int), clients=10, malicious=0.2, seed=0)
     sizes = [(len(share.train), len(share.validation)) for share in shares]
-    assert sorted(sizes) == [(423, 47)] * 2 + [(424, 47)] * 8  # 470 or 471 images, 10 % of them held out
+    assert sorted(sizes) == [(423, 47)] * 2 + [(424, 47)] * 8  # 470 or 471 images per client; 10 % are held out
     assert sum(share.malicious for share in shares) == 2
     everything = np.concatenate([part for share in shares for part in (share.train, share.validation)])
     assert sorted(everything) == list(range(4708))
@@ -65,7 +65,7 @@ def test_flipped_labels_by_hand():
     assert data.flip_labels(labels, 1.0, rng).tolist() == [1, 0, 0, 1, 0]
     assert data.flip_labels(labels, 0.0, rng).tolist() == labels.tolist()
     assert (data.flip_labels(labels, 0.4, rng) != labels).sum() == 2
-    assert labels.tolist() == [0, 1, 1, 0, 1]  # a copy was flipped
+    assert labels.tolist() == [0, 1, 1, 0, 1]  # the original labels are unchanged
 
 
 def test_an_attacker_flips_its_whole_share_and_nobody_else_any():
@@ -138,7 +138,7 @@ def test_the_environment_variable_names_the_folder(real_root, monkeypatch):
 
 
 def test_a_pickled_object_is_never_loaded(tmp_path, monkeypatch):
-    """A file that would run code if it were unpickled, even one with the right MD5."""
+    """The file would run code if it were unpickled. It is refused even if its MD5 is right."""
 
     class Bomb:
         def __reduce__(self):
@@ -160,7 +160,7 @@ def test_a_damaged_file_is_refused_by_auto_too(dataset, tmp_path):
 
 
 def fetcher(monkeypatch, program: str, seconds: float = 30) -> None:
-    """Have download() run this program, given the folder, in place of medmnist."""
+    """Make download() run this program instead of medmnist. The program gets the folder as its argument."""
     run = data.subprocess.run
     monkeypatch.setattr(data, "DOWNLOAD_SECONDS", seconds)
     monkeypatch.setattr(

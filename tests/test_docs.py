@@ -1,4 +1,4 @@
-"""The pages: their commands and their Python run, with fewer rounds; their links, numbers and tests exist."""
+"""Tests of the pages: their commands and Python code run, with fewer rounds. Their links, numbers and tests exist."""
 
 import json
 import os
@@ -42,17 +42,17 @@ def commands(page: str) -> list[str]:
 
 
 def shortened(command: str) -> list[str]:
-    """The command's words with ROUNDS rounds, and what starts in one at the same part of the run."""
+    """The command's words with ROUNDS rounds. MAD and the attack start at the same fraction of the run."""
     words = shlex.split(command)
     if "bench" in words[1]:
         return [*words, "-n", "1"]
-    if "--report" in words:  # of a part of the runs, whose figures the command before has drawn
+    if "--report" in words:  # a report of fig3c only; the command before has drawn its figures
         return [word + "fig3c" if word == "results/" else word for word in words]
     if words[1] != "madsim.py" or words[2:] in (["--help"], ["--list"]):
         return words
-    if words[2:] == ["--quick"]:  # what it stands for can be shortened too
+    if words[2:] == ["--quick"]:  # its settings in full, so that they can be shortened too
         words[2:] = ["--rounds", str(cli.QUICK), "--mad-start", str(cli.QUICK // 2)]
-    if "--resume" in words:  # the main job's folder, under the name that it has here
+    if "--resume" in words:  # the main job's folder; its name is different here
         return [*words[:-1], str(next(Path("results").glob("mad*")))]
     rounds = int(words[words.index("--rounds") + 1]) if "--rounds" in words else 1000
     if "--rounds" in words:
@@ -62,17 +62,18 @@ def shortened(command: str) -> list[str]:
             if not words[i].isdigit():
                 break
             words[i] = str(max(1, int(words[i]) * ROUNDS // rounds))
-    several = ["--jobs", "1"] * bool({"--experiment", "--seeds"} & set(words))  # processes would each load torch
-    # replaced, as two commands that differ in their rounds alone share a name here
+    several = ["--jobs", "1"] * bool({"--experiment", "--seeds"} & set(words))  # each process would load torch
+    # --overwrite is needed because two commands that differ only in their rounds share a name here.
     return [*words, *several, "--rounds", str(ROUNDS), "--overwrite"]
 
 
 @pytest.mark.slow
 def test_the_commands_of_the_readme_and_the_reference_run(small, tmp_path, monkeypatch, capsys):
-    """In order, in one folder, as a reader would; the two that set up a new machine are run whole by .ci/run.
+    """The commands run in order and in one folder, as a reader would run them.
 
-    Each script is run as `__main__`, but in this process, which has already spent the seconds that torch takes; on a
-    part of the real data set or, where there is none, of the phantom.
+    .ci/run runs the two commands that set up a new machine in full. Each script runs as `__main__`, but in this
+    process, which has already loaded torch. The data set is a part of the real one, or of the phantom if the real one
+    is absent.
     """
     load = data.load
     monkeypatch.setattr(data, "load", lambda *arguments: part(load(*arguments)))
@@ -114,7 +115,7 @@ def test_the_python_on_the_pages_runs(block, small, monkeypatch):
     before = [dict(registry) for registry in registries]
     try:
         exec(compile(block, "a page", "exec"), {})
-    finally:  # what a block adds is taken away again
+    finally:  # the entries that a block adds are removed
         for registry, entries in zip(registries, before):
             registry.clear()
             registry.update(entries)
@@ -132,7 +133,7 @@ def test_links_and_the_tests_that_are_named_are_there(page):
 
 
 def test_the_numbers_of_the_replication_are_those_of_its_tables():
-    """Every "mean ± deviation" on the page is that of a column of docs/results/*/table.csv in one of its cells."""
+    """Every "mean ± deviation" on the page is that of one cell and one column of a docs/results/*/table.csv."""
     known = set()
     for path in (HERE / "docs" / "results").glob("*/table.csv"):
         groups = pd.read_csv(path, dtype={"column": str}).fillna({"column": ""}).groupby(["row", "column"])
@@ -145,7 +146,7 @@ def test_the_numbers_of_the_replication_are_those_of_its_tables():
     assert len(quoted) > 20 and [text for text in quoted if text not in known] == []
 
 
-# What docs/replication.md rests on: experiment, row, column, metric, and what the page says of it.
+# The main numbers of docs/replication.md: experiment, row, column, metric, and the text on the page.
 MAIN = [
     ("fig3a", "MAD from 5", "", "true_exclusions", "2.0 ± 0.0"),
     ("fig3a", "MAD from 80", "", "jump_loss", "0.916 ± 0.123"),
@@ -183,7 +184,7 @@ def test_the_main_numbers_are_those_of_their_cells(experiment, row, column, metr
 
 
 def test_the_worked_example_of_the_lesson():
-    """The numbers in the tables of docs/lesson.md are those of trust.py for models 0, 1, 2 and 10, submitted twice."""
+    """The tables of docs/lesson.md hold the numbers of trust.py for the models 0, 1, 2 and 10, submitted twice."""
     import trust
 
     W, state = np.array([[0.0], [1.0], [2.0], [10.0]]), trust.initial_state(4)
@@ -218,7 +219,7 @@ def test_the_lessons_commands_are_understood():
 
 @pytest.mark.slow
 def test_the_notebook_runs(small, monkeypatch, capsys):
-    """Its cells one after another, with fewer rounds, on a part of the phantom."""
+    """The cells run one after another, with fewer rounds, on a part of the phantom."""
     import matplotlib.pyplot
 
     monkeypatch.setattr(data, "load", lambda *_: small)

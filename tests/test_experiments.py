@@ -1,4 +1,4 @@
-"""lab/experiments.py, harness/jobs.py: grids of runs, their tables, clusters."""
+"""Tests of lab/experiments.py and harness/jobs.py: grids of runs, their tables, clusters."""
 
 import json
 import os
@@ -56,13 +56,13 @@ def test_cells_are_what_their_names_say():
         attacks["label_flip from round 30", "never"],
         attacks["label_flip, 5 rounds on, 5 off", "MAD from 10"],
     )
-    assert late.attack_start == 15  # half the rounds, so half the round
+    assert late.attack_start == 15  # half as many rounds, so half of round 30
     assert (on_off.attack_period, on_off.mad_start) == (2, 5)
     noniid = cells("noniid")
     assert noniid["dirichlet, alpha 0.5", "label_flip, never"] == Config(rounds=60, partition="dirichlet")
     assert cells("membership")["never", ""] == Config(rounds=600, membership=10)
     assert readings["preset paper, observed", "20%, MAD from 5"].settings.excluded == "observed"
-    assert {config.attack_start for config in cells("fig3a", rounds=50, attack_start=20).values()} == {20}  # as asked
+    assert {config.attack_start for config in cells("fig3a", rounds=50, attack_start=20).values()} == {20}  # as given
 
 
 def test_the_options_given_hold_in_every_cell():
@@ -71,17 +71,20 @@ def test_the_options_given_hold_in_every_cell():
 
 
 def table(*losses: float, **columns) -> pd.DataFrame:
-    """What `tidy` makes of runs of one cell with these losses."""
+    """The table that `tidy` makes from the runs of one cell with these losses."""
     rows = [{"row": "a", "column": "b", "complete": True, "loss": loss, "precision": None} for loss in losses]
     return pd.DataFrame(rows).assign(**columns)
 
 
 def test_seeds_are_summed_up_by_hand(capsys):
-    """Losses 0.5 and 0.7: mean 0.6, sample deviation 0.1 * sqrt 2. What was cut short is left out."""
+    """Losses 0.5 and 0.7 have the mean 0.6 and the sample standard deviation 0.1 * sqrt 2.
+
+    Runs that were cut short are left out.
+    """
     runs = table(0.5, 0.7, 9.0, complete=[True, True, False], true_exclusions=[2, 1, 0], last=40)
     (texts,) = over_seeds(runs).to_dict("records")
     assert texts == {"seeds": 2, "loss": "0.600 ± 0.141", "precision": "", "attackers out": "1.5 ± 0.7"}
-    assert over_seeds(table(0.5)).loss.tolist() == ["0.500"]  # of one seed no deviation
+    assert over_seeds(table(0.5)).loss.tolist() == ["0.500"]  # one seed has no standard deviation
     missed = pd.Series([3.0, 4.0, np.nan])
     assert [experiments.in_words(missed[start:], 1) for start in (0, 1, 2)] == ["3.5 ± 0.7 (of 2)", "4.0 (of 1)", ""]
     report_seeds(runs)
@@ -136,7 +139,7 @@ def test_an_experiment_writes_its_tables(quick, grid, tmp_path, capsys):
     runs = pd.read_csv(tmp_path / "grid" / "table.csv")
     assert len(runs) == 4 and runs["dirty"].sum() >= 1 and sum(", abc" in commit for commit in runs["commit"]) == 1
     resumed.write_text(json.dumps(about | {"data": about["data"] | {"md5": "other"}}))
-    assert main([*grid[:-1], "1", "--out", str(tmp_path)]) == 0  # but not those of other data
+    assert main([*grid[:-1], "1", "--out", str(tmp_path)]) == 0  # but runs on other data do not
     runs = pd.read_csv(tmp_path / "grid" / "table.csv")
     assert sorted(runs["seed"]) == [0, 0, 1]
 
@@ -152,7 +155,7 @@ with LocalCluster(n_workers=2, threads_per_worker=int(sys.argv[1]), dashboard_ad
 
 @pytest.fixture
 def cluster(request):
-    """The address of a Dask scheduler with two worker processes that have `request.param` threads each."""
+    """The address of a Dask scheduler. It has two worker processes with `request.param` threads each."""
     pytest.importorskip("distributed")
     words = [sys.executable, "-c", CLUSTER, str(request.param)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -177,13 +180,13 @@ def test_a_cluster_gives_the_same_bytes_as_this_machine(cluster, tmp_path):
     for table in tables:
         assert (tmp_path / "loky" / table).read_bytes() == (tmp_path / "dask" / table).read_bytes()
     about = json.loads(next((tmp_path / "dask").rglob("config.json")).read_text())
-    assert about["command"][:-1] == ["madsim.py", *words, *how, "--out"]  # not the worker's own
+    assert about["command"][:-1] == ["madsim.py", *words, *how, "--out"]  # not the worker's own command
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cluster", [2], indirect=True)
 def test_workers_with_several_threads_are_refused(cluster, tmp_path, capsys):
-    """PyTorch's threads and random state are a process's, not a thread's."""
+    """PyTorch keeps threads and random state per process."""
     words = ["--rounds", "2", "--dataset", "phantom", "--backend", "dask", "--scheduler", cluster, "--out", tmp_path]
     assert "have several threads; start them with --nthreads 1" in refusal(capsys, *words)
     assert not list(tmp_path.iterdir())
@@ -214,7 +217,7 @@ def test_an_experiment_sets_its_own_options(capsys, tmp_path):
 
 
 def test_what_an_experiment_asks_for_twice_is_run_once():
-    """In 20 rounds MAD from 2 and from 10 of 1000 are both MAD from 1."""
+    """MAD starts in rounds 10 and 500 of 1000. These become rounds 1 and 10 of 20. Both become round 1 of 1."""
     assert len(cli.plan({"experiment": "fig3c", "rounds": 20})) == 2
     assert len(cli.plan({"experiment": "fig3c", "rounds": 1})) == 1
 

@@ -1,4 +1,4 @@
-"""lab/figures.py: the jump at an exclusion, membership inference, heat maps of experiments."""
+"""Tests of lab/figures.py: the jump at an exclusion, membership inference, heat maps of experiments."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,10 @@ def with_jump(folder, composition, model, **config):
 
 
 def test_the_jump_is_drawn_in_its_two_parts(tmp_path):
-    """Two seeds, -0.4 and -0.6 for who is averaged: a bar of -0.5 with a line of 0.1 * sqrt 2; and one other run."""
+    """The composition parts of two seeds are -0.4 and -0.6. They give a bar of -0.5 with a line of 0.1 * sqrt 2.
+
+    A third run has other settings and a bar of its own.
+    """
     runs = [with_jump(tmp_path / "a", -0.4, -0.1), with_jump(tmp_path / "b", -0.6, -0.3, seed=1)]
     runs.append(with_jump(tmp_path / "c", -0.2, 0.1, mad_start=2))
     figure = figures.jump_figure(runs)
@@ -61,7 +64,7 @@ def test_a_damaged_summary_has_no_jump(tmp_path, content):
 
 
 def measured(folder, shift=0.0, **options):
-    """A run whose client 2, the attacker, is trained up to round 2, and the others up to round 4."""
+    """A run in which client 2, the attacker, trains up to round 2. The other clients train up to round 4."""
     make_run(folder, **options)
     rows = [(*row, 0.5 if row[1] < 2 or row[0] <= 2 else "") for row in CLIENT_ROWS]
     write_csv(folder / "clients.csv", [*CLIENT_COLUMNS, "train_loss"], rows)
@@ -78,7 +81,7 @@ def test_what_attackers_hold_stays_from_their_exclusion_on(tmp_path):
     held = figures.held_by_attackers([run], "test_advantage")
     assert held.index.tolist() == [1, 2, 3, 4] and held[0].tolist() == pytest.approx([0.1, 0.2, 0.2, 0.2])
     honest = plot.load_run(tmp_path / "a")
-    honest.clients["malicious"] = 0  # where nobody attacks, what all hold: a third still has that of round 2
+    honest.clients["malicious"] = 0  # without attackers, all clients count; one third still holds round 2
     means = figures.held_by_attackers([honest], "test_advantage")[0].tolist()
     assert means == pytest.approx([0.1, 0.2, (0.3 + 0.3 + 0.2) / 3, (0.4 + 0.4 + 0.2) / 3])
 
@@ -112,7 +115,10 @@ def test_runs_that_measured_membership_have_its_figure(tmp_path, capsys):
 
 
 def write_grid(path, **changes):
-    """An experiment of two rows, two columns and two seeds: 10 clients, 2 attackers, MAD excludes them and more."""
+    """An experiment with two rows, two columns and two seeds. There are 10 clients, and 2 of them are attackers.
+
+    MAD excludes both attackers. With seed 1, it also excludes one honest client.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [
         {"row": row, "column": column, "seed": seed, "complete": True, "data": "PneumoniaMNIST", "clients": 10,

@@ -1,4 +1,4 @@
-"""Who may import whom. The files' own imports are read with ast, those inside functions too."""
+"""Tests of which file may import which other file. ast finds the imports, also those inside functions."""
 
 import ast
 import subprocess
@@ -13,7 +13,7 @@ LAB, HARNESS = ({f"{folder}.{path.stem}" for path in (HERE / folder).glob("*.py"
 REGISTRIES = {"lab.attacks", "lab.rules", "lab.partitions"}
 READERS = {"harness.runs", "harness.drawing", "harness.folder", "harness.console", "harness.pages"}
 OURS = PAPER | LAB | HARNESS | {"madsim", "plot"}
-MAY = {  # file -> what it may import of ours
+MAY = {  # file -> our files that it may import
     **{leaf: set() for leaf in PAPER},
     **{registry: PAPER for registry in REGISTRIES},
     "lab.privacy": PAPER,
@@ -37,7 +37,7 @@ def path_of(module: str) -> Path:
 
 
 def imports(tree: ast.AST) -> set[str]:
-    """The modules that are imported anywhere below a node; of `from lab import rules` both lab and lab.rules."""
+    """The modules that are imported anywhere below a node. `from lab import rules` gives both lab and lab.rules."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -57,7 +57,7 @@ def test_every_file_has_a_rule():
 @pytest.mark.parametrize("module", MAY)
 def test_each_file_imports_only_what_it_may(module):
     tree = ast.parse(path_of(module).read_text())
-    if module == "madsim":  # its last lines hand over to the command line
+    if module == "madsim":  # its last lines call the command line
         last = tree.body.pop()
         assert isinstance(last, ast.If) and ast.unparse(last.test) == "__name__ == '__main__'"
         assert imports(last) & OURS == {"harness.cli", "harness.console"}
@@ -75,7 +75,7 @@ def test_the_leaves_never_see_a_config():
 
 
 def test_imports_are_read_from_anywhere_in_a_file():
-    """The negative control: an import inside a function, and of a submodule, is found."""
+    """The negative control: an import inside a function and an import of a submodule are found."""
     tree = ast.parse("def f():\n    from lab import rules\n    import harness.cli")
     assert imports(tree) == {"lab", "lab.rules", "harness.cli"}
 

@@ -1,4 +1,4 @@
-"""harness/log.py: what a run leaves behind."""
+"""Tests of harness/log.py: the files and the summary of a run."""
 
 import csv
 import json
@@ -34,7 +34,7 @@ def test_a_runs_folder(small, tmp_path):
     assert texts["rounds"].splitlines()[0] == ROUNDS_CSV
     assert texts["clients"].splitlines()[0] == CLIENTS_CSV
     for name, text in texts.items():
-        assert "nan" not in text  # an absent value is an empty field
+        assert "nan" not in text  # a missing value is an empty field
         pd.testing.assert_frame_equal(pd.read_csv(folder / f"{name}.csv"), getattr(run, name), check_dtype=False)
     assert len(run.rounds) == 3 and len(run.clients) == 15
     assert run.clients.active.isin([0, 1]).all() and run.clients.malicious.isin([0, 1]).all()
@@ -74,7 +74,7 @@ def test_the_rounds_are_the_means_of_the_clients(small):
         assert row.active == clients.active.sum()
     gone = run.clients[run.clients.groupby("client").active.shift() == 0]
     assert gone[["distance", "train_loss"]].isna().all(axis=None)
-    assert run.clients[["loss", "accuracy"]].notna().all(axis=None)  # every client is evaluated, the excluded too
+    assert run.clients[["loss", "accuracy"]].notna().all(axis=None)  # excluded clients are evaluated too
 
 
 def story() -> pd.DataFrame:
@@ -100,7 +100,7 @@ def test_a_summary_by_hand():
 
 
 def test_a_jump_by_hand():
-    # round 1: mean loss of all 3.2 / 3, of those who stay 0.6; round 2, of those who stay: 0.4
+    # In round 1, the mean loss is 3.2 / 3 for all clients and 0.6 for those that stay. In round 2, it is 0.4 for those.
     change = jump(story(), 2)
     assert change["clients"] == [1]
     assert change["loss"] == pytest.approx(
@@ -153,15 +153,15 @@ def test_where_the_models_lie_is_written_of_up_to_fifty_clients(small, tmp_path)
     points = pd.read_csv(tmp_path / "run" / "plane.csv")
     assert points.columns.tolist() == ["round", "client", "x", "y"] and len(points) == 40
     absent = points[points.x.isna()]
-    assert absent.client.tolist() == result.summary["malicious"]  # in the round after they were excluded
-    # No point lies farther from the centre than its model, of which it is the projection.
+    assert absent.client.tolist() == result.summary["malicious"]  # in the round after their exclusion
+    # A point is the projection of its model. It can't lie farther from the centre than the model.
     assert (np.hypot(points.x, points.y) <= result.clients.distance * 1.001).dropna()[points.x.notna()].all()
     simulate(Config(rounds=1, clients=51), tmp_path / "many", dataset=small)
     assert not (tmp_path / "many" / "plane.csv").exists()
 
 
 def nowhere(clients):
-    """The unknown places of clients in the round before."""
+    """The places of clients in the round before, all of them unknown."""
     return np.full((clients, 2), np.nan)
 
 
@@ -170,7 +170,7 @@ def distances(points):
 
 
 def test_points_of_a_plane_keep_their_distances_and_the_main_cluster_is_around_the_origin():
-    """Three in a triangle and one far off, somewhere in 50 dimensions: the first three are the main cluster."""
+    """Three clients form a triangle and one lies far away, in 50 dimensions. The first three are the main cluster."""
     flat = np.array([[0.0, 0], [2, 0], [1, 1], [20, 5]])
     axes = np.linalg.qr(np.random.default_rng(0).normal(size=(50, 2)))[0]
     points = plane(flat @ axes.T + 3, 0.0, PAPER, nowhere(4))
@@ -180,7 +180,7 @@ def test_points_of_a_plane_keep_their_distances_and_the_main_cluster_is_around_t
 
 def test_the_plane_is_that_of_the_two_principal_components():
     W = np.random.default_rng(1).normal(size=(9, 5)) * [5, 4, 0.1, 0.1, 0.1]
-    whole = Settings(clusters=1)  # everybody is the main cluster
+    whole = Settings(clusters=1)  # all clients form the main cluster
     components = PCA(2).fit_transform(W)
     assert distances(plane(W, 0.0, whole, nowhere(9))) == pytest.approx(distances(components), rel=1e-6)
 
@@ -190,7 +190,7 @@ def test_points_are_turned_towards_those_before():
     W = rng.normal(size=(8, 30))
     before = plane(W, 0.0, PAPER, nowhere(8))
     assert plane(W, 0.0, PAPER, before @ [[0, -1], [1, 0]]) == pytest.approx(before @ [[0, -1], [1, 0]], abs=1e-6)
-    before[3] = np.nan  # a client that was not there
+    before[3] = np.nan  # client 3 was absent
     assert plane(W, 0.0, PAPER, before)[:3] == pytest.approx(before[:3], abs=1e-6)
 
 

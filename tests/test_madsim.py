@@ -1,4 +1,4 @@
-"""madsim.py: whole runs, on the paper's claims."""
+"""Tests of madsim.py: whole runs that check the paper's claims."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ from trust import PRESETS
 
 
 def test_without_mad_the_attack_hurts_and_with_it_the_attackers_are_gone(phantom):
-    """The negative control and the claim: FedAvg under attack, MAD from round 4, no attack."""
+    """The negative control is FedAvg under attack. The claim is about MAD from round 4. A third run has no attack."""
     attacked, defended, peace = (
         simulate(Config(rounds=9, **options), dataset=phantom)
         for options in ({}, {"mad_start": 4}, {"malicious": 0.0, "mad_start": 1})
@@ -36,7 +36,7 @@ def test_without_mad_the_attack_hurts_and_with_it_the_attackers_are_gone(phantom
 
 @pytest.fixture(scope="module")
 def trained(phantom) -> madsim.Result:
-    """25 rounds without attack."""
+    """A run of 25 rounds without an attack."""
     return simulate(Config(rounds=25, malicious=0.0), dataset=phantom)
 
 
@@ -47,7 +47,7 @@ def test_a_trained_federation_stays_in_the_phantoms_range(trained):
 
 @pytest.fixture(scope="module")
 def from_trained(trained, phantom):
-    """The last round of four that go on from the trained model, with these options."""
+    """A function that trains four more rounds from the trained model and returns the last one."""
 
     def run(**options) -> pd.Series:
         with pytest.MonkeyPatch.context() as patch:
@@ -65,14 +65,14 @@ def peace(from_trained) -> pd.Series:
 @pytest.mark.slow
 @pytest.mark.parametrize("attack", [name for name in ATTACKS if name not in ("nan", "hug")])
 def test_every_attack_hurts_where_there_is_no_defence(attack, from_trained, peace):
-    """The negative control, from a trained model on: after four rounds under attack it is worse than in peace."""
+    """The negative control: four rounds under attack make a trained model worse than four rounds without an attack."""
     attacked = from_trained(malicious=0.4, attack=attack)
     print(attack, attacked.to_dict(), peace.to_dict())
     assert attacked.test_accuracy < peace.test_accuracy - 0.01 or attacked.honest_loss > 1.2 * peace.honest_loss
 
 
 def test_an_attack_begins_with_its_round_and_pauses_with_its_period(small):
-    """Until then the malicious are as the others, and their validation labels are true."""
+    """Before the attack starts, malicious clients behave honestly. Their validation labels are true."""
     late = simulate(Config(rounds=5, attack_start=4), dataset=small)
     peace = simulate(Config(rounds=5, malicious=0.0), dataset=small)
     columns = ["loss", "accuracy", "test_loss", "test_auc"]
@@ -86,7 +86,10 @@ def test_an_attack_begins_with_its_round_and_pauses_with_its_period(small):
 
 @pytest.mark.parametrize("partition", ["dirichlet", pytest.param("quantity", marks=pytest.mark.slow)])
 def test_unequal_clients_train_exactly(partition, small):
-    """Stacked, with clients of very different sizes, gives what each gives alone; the average weighs them by size."""
+    """Stacked training of clients with very different sizes gives the same as training one client at a time.
+
+    The average weights the clients by their sizes.
+    """
     config = Config(rounds=2, partition=partition, concentration=0.3, seed=1)
     stacked, loop = (simulate(replace(config, method=method), dataset=small) for method in ("stacked", "loop"))
     sizes = [len(share.train) for share in madsim.gather(config, small).shares]
@@ -107,7 +110,7 @@ def test_the_testbed_preset_excludes_one_attacker_a_round_later(phantom):
     assert run.rounds.active.tolist()[:5] == [10, 10, 10, 10, 9]
     (first,) = (client for client, t in run.summary["excluded"].items() if t == 5)
     assert first in run.summary["malicious"]
-    assert run.clients.trust.notna().all()  # the excluded are still trained and scored
+    assert run.clients.trust.notna().all()  # the excluded still train and get scores
 
 
 def test_a_loop_gives_what_stacked_training_gives(small):

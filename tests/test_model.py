@@ -1,4 +1,4 @@
-"""model.py: the fast way against its plain twin, gradients, ties, unequal clients, devices, metrics."""
+"""Tests of model.py: the fast code against the plain code, gradients, ties, unequal clients, devices, metrics."""
 
 import math
 from functools import partial
@@ -44,7 +44,7 @@ def train(images, labels, sizes, method="stacked", **options):
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Largest relative difference of two clients' weights [C, P]."""
+    """The largest relative difference between a client's weights in a [C, P] and in b [C, P]."""
     return ((a - b).norm(dim=1) / b.norm(dim=1)).max().item()
 
 
@@ -71,7 +71,7 @@ def test_dropout_factors_are_zero_or_rescaled():
     first, second = keep[..., :64], keep[..., 64:]
     assert set(np.unique(first)) == {0, np.float32(1 / np.float32(0.7))}
     assert set(np.unique(second)) == {0, np.float32(1 / np.float32(0.8))}
-    assert (first == 0).mean() == pytest.approx(0.3, abs=0.01)  # 25,600 draws: 0.003 is one standard deviation
+    assert (first == 0).mean() == pytest.approx(0.3, abs=0.01)  # 0.003 is one standard deviation of 25,600 draws
     assert (second == 0).mean() == pytest.approx(0.2, abs=0.015)
 
 
@@ -105,7 +105,7 @@ def test_the_fast_kernel_equals_the_plain_one(channels, size):
 
 
 def test_a_tie_gives_the_gradient_to_the_windows_first_element():
-    """Whole numbers, so that ties are exact: flat areas, and windows in which two or three elements tie."""
+    """Whole numbers make ties exact. There are flat areas, and windows in which two or three elements tie."""
     rng = torch.Generator().manual_seed(1)
     x = torch.randint(-1, 2, (5, 2, 10, 10), generator=rng).double()
     x[:, :, :7] = 1.0
@@ -113,7 +113,7 @@ def test_a_tie_gives_the_gradient_to_the_windows_first_element():
     z = F.conv2d(x, weight).unfold(2, 2, 2).unfold(3, 2, 2).flatten(4)
     tied = (z == z.amax(-1, keepdim=True)).sum(-1)
     assert {1, 2, 4} <= set(tied.flatten().tolist())
-    bias = torch.full((3,), 30.0, dtype=torch.float64)  # so that ReLU passes all
+    bias = torch.full((3,), 30.0, dtype=torch.float64)  # so that ReLU passes every value
     slope = torch.rand(5, 3, 3, 3, generator=rng, dtype=torch.float64)
     fast, plain = (
         grad(lambda x, f=f: (f(x, weight, bias) * slope).sum())(x) for f in (fast_convolve_pool, convolve_pool)
@@ -140,7 +140,7 @@ def test_the_kernel_is_lifted_by_vmap():
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.float64, 1e-12)])
 def test_all_at_once_equals_one_by_one(images, labels, dtype, bound):
-    """An epoch of three clients of unequal size: 61 images are 4 batches, the last one of a single image."""
+    """Three clients of unequal size train for one epoch. 61 images make 4 batches; the last has one."""
     sizes = (100, 61, 80)
     both = [train(images.to(dtype), labels, sizes, m, dropout=NO_DROPOUT) for m in METHODS]
     assert relative(both[0][0], both[1][0]) < bound
@@ -154,7 +154,7 @@ def test_dropout_and_more_epochs_do_not_part_the_two_ways(images, labels):
 
 
 def test_training_equals_torchs_own_loop(images, labels):
-    """One client, without our batches: every image in one step, then by hand."""
+    """One client trains on all its images in every step. A plain PyTorch loop without our batches does the same."""
     network = Network().double()
     torch.nn.utils.vector_to_parameters(initial_weights(0).double(), network.parameters())
     adam = torch.optim.Adam(network.parameters(), lr=1e-3)
@@ -200,13 +200,13 @@ def test_blocks_of_clients_change_nothing(images, labels, monkeypatch):
 def test_every_image_is_used_once_an_epoch():
     own = members(61, 40)
     numbers, _ = model.draw_batches(own, rngs(2), epochs=2, batch_size=20, dropout=NO_DROPOUT)
-    assert numbers.shape == (2, 8, 20)  # 4 batches an epoch for 61 images
+    assert numbers.shape == (2, 8, 20)  # 4 batches per epoch for 61 images
     for client, images in enumerate(own):
         drawn = numbers[client][numbers[client] >= 0]
         assert sorted(drawn) == sorted([*images, *images])
     assert (numbers[0, 3] >= 0).sum() == 1  # the short last batch is kept
-    assert (numbers[1, 4:] == -1).all()  # the smaller client has no more
-    assert (numbers[0, :4] != numbers[0, 4:]).any()  # every epoch in an order of its own
+    assert (numbers[1, 4:] == -1).all()  # the smaller client has no more batches
+    assert (numbers[0, :4] != numbers[0, 4:]).any()  # every epoch has its own order
 
 
 def test_an_unknown_method_lists_the_known(images, labels):
@@ -219,10 +219,11 @@ def test_an_unknown_method_lists_the_known(images, labels):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_no_tensor_strays_from_the_device(method, monkeypatch):
-    """On the device `meta`, whose tensors have a shape but no memory, and fail where they meet another device's.
+    """Training runs on the device `meta`. Its tensors have a shape but no memory.
 
-    So does whatever would wait for a device in the midst of training: there is no number to fetch. (A pretended cuda
-    device will not do: PyTorch's autograd asks for a real one in a build with CUDA.) Adam does not know the device.
+    Code that mixes them with tensors of another device fails. Code that waits for a value in the middle of training
+    fails too, because there is no value to fetch. A fake CUDA device does not work here: PyTorch's autograd asks for a
+    real one in a build with CUDA. Adam is replaced, because it does not know the device.
     """
 
     def same_device(weights, gradients, means, squares, _, counts, **settings):
@@ -241,7 +242,7 @@ def test_no_tensor_strays_from_the_device(method, monkeypatch):
 
 
 def test_a_stray_tensor_would_be_caught():
-    """The negative control of the test above: weights, images or labels left on the processor."""
+    """The negative control of the test above: the weights, the images or the labels stay on the CPU."""
     w, images = torch.zeros(21_166, device="meta"), torch.zeros(50, 1, 28, 28, device="meta")
     labels = torch.zeros(50, dtype=torch.int64, device="meta")
     for stray in range(3):
@@ -254,7 +255,7 @@ def test_a_stray_tensor_would_be_caught():
 
 
 def constant_network(bias: tuple[float, float]) -> torch.Tensor:
-    """Weights that answer `bias` whatever the image."""
+    """Weights that give the logits `bias` for every image."""
     w = torch.zeros(21_166)
     w[-2:] = torch.tensor(bias)
     return w
@@ -262,7 +263,7 @@ def constant_network(bias: tuple[float, float]) -> torch.Tensor:
 
 def test_metrics_by_hand(images):
     labels = torch.tensor([1, 1, 1, 0])
-    metrics = evaluate(constant_network((0.0, math.log(3))), images[:4], labels)  # says: pneumonia with 3/4
+    metrics = evaluate(constant_network((0.0, math.log(3))), images[:4], labels)  # pneumonia has probability 3/4
     assert metrics == {
         "loss": pytest.approx(-(3 * math.log(0.75) + math.log(0.25)) / 4, rel=1e-6),
         "accuracy": 0.75, "sensitivity": 1.0, "specificity": 0.0, "auc": 0.5,
@@ -277,7 +278,7 @@ def test_metrics_of_a_ranking(images, monkeypatch):
     assert metrics["accuracy"] == pytest.approx(3 / 5)
     assert metrics["sensitivity"] == pytest.approx(2 / 3)
     assert metrics["specificity"] == pytest.approx(1 / 2)
-    assert metrics["auc"] == pytest.approx(5 / 6)  # of 6 pairs only pneumonia at -1 against normal at 0.5 is wrong
+    assert metrics["auc"] == pytest.approx(5 / 6)  # 1 of 6 pairs is wrong: pneumonia at -1, normal at 0.5
 
 
 def test_metrics_that_can_not_be_had_are_nan(images):
@@ -303,4 +304,4 @@ def test_predictions_are_the_plain_networks_however_many_are_asked_for(images, c
     plain = Network()
     torch.nn.utils.vector_to_parameters(w, plain.parameters())
     assert torch.allclose(predict(w, images[:count]), plain(images[:count]).detach(), atol=1e-5)
-    assert len(model.predict(w, model.lay_out(images[:count]))) % (8 * 28) == 0  # blanks fill up the last part
+    assert len(model.predict(w, model.lay_out(images[:count]))) % (8 * 28) == 0  # blank images fill the last part

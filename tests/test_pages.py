@@ -1,4 +1,4 @@
-"""harness/pages.py: the page that plays a run, in a browser too, and the one that reports runs."""
+"""Tests of harness/pages.py: the page that plays a run, also in a browser, and the page that reports runs."""
 
 import html
 import json
@@ -19,7 +19,7 @@ from harness import pages
 
 
 def playable(folder, rows=CLIENT_ROWS, **options):
-    """A run whose models lie at (client, round / 10) around the centre; the attacker is gone in round 4."""
+    """A run whose models lie at (client, round / 10) from the centre. The attacker is absent in round 4."""
     make_run(folder, client_rows=rows, **options)
     places = [(row[0], row[1], *((row[1], row[0] / 10) if row[5] != "" else ("", ""))) for row in rows]
     write_csv(folder / "plane.csv", ["round", "client", "x", "y"], places)
@@ -45,7 +45,7 @@ def test_what_a_page_plays_by_hand(tmp_path):
 
 def test_how_far_the_drawing_reaches_by_hand():
     far = pandas.Series([1.6] * 20 + [0.03] * 20 + [0.0] * 20)
-    assert pages.reaches(far).round(9).tolist() == [2] * 25 + [0.03] * 20 + [1] * 15  # five rounds of both sides
+    assert pages.reaches(far).round(9).tolist() == [2] * 25 + [0.03] * 20 + [1] * 15  # five rounds on both sides
     assert pages.reaches(pandas.Series([1e-30])).tolist() == [pytest.approx(1e-30)]
     assert [pages.reaches(pandas.Series([far])).tolist() for far in (3.0, 3.1, 8.5)] == [[3], [4], [10]]
 
@@ -80,15 +80,15 @@ def test_pages_are_written_for_the_runs_that_have_places(tmp_path, capsys):
     make_run(tmp_path / "x" / "b")
     assert plot.main([str(tmp_path), "--play"]) == 0
     out, err = capsys.readouterr()
-    assert out == f"{tmp_path / 'figures' / 'x' / 'play-a.html'}\n"  # where its figures would lie
+    assert out == f"{tmp_path / 'figures' / 'x' / 'play-a.html'}\n"  # where its figures would be
     assert f"{tmp_path / 'x' / 'b'}: not played, there is nothing to play" in err
     page = (tmp_path / "figures" / "x" / "play-a.html").read_text()
-    assert not re.search(r"(src|href)=|https?://(?!www.w3.org/2000/svg)", page)  # no network
+    assert not re.search(r"(src|href)=|https?://(?!www.w3.org/2000/svg)", page)  # the page needs no network
     assert plot.main([str(tmp_path / "x" / "b"), "--play"]) == 2
 
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-# Drives the page as a person would, and leaves what it saw in the title.
+# This script uses the page as a person would. It writes what it saw into the title.
 PERSON = """<script>
 const seen = [], key = (name) => document.dispatchEvent(new KeyboardEvent("keydown", { key: name, bubbles: true }));
 const look = () => seen.push(byId("round").textContent);
@@ -113,7 +113,7 @@ needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
 
 
 def browse(page: Path):
-    """What the page leaves in its title, as JSON, some seconds after it was opened."""
+    """Open the page, wait for some seconds, and return the JSON in its title."""
     words = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=10000", "--dump-dom"]
     done = subprocess.run([*words, page.as_uri()], capture_output=True, text=True, timeout=60)
     return json.loads(re.search("<title>(.*?)</title>", done.stdout)[1])
@@ -129,9 +129,9 @@ def test_the_page_plays_in_a_browser(tmp_path):
     assert errors == []
     assert seen[:4] == [f"Round {t} of 4" for t in (1, 2, 1, 4)]
     assert seen[4] == "Excluded: client 2 (attacker) in round 3"
-    assert seen[5:8] == ["Round 3 of 4", 3, 3]  # the slider; three models, three bars
-    assert seen[8] == "Pause" and seen[9:11] == [True, [200, 50]]  # no mark hides another, and who stands free stays
-    assert seen[11:] == ["Round 4 of 4", "Play"]  # it plays to the end, and stops
+    assert seen[5:8] == ["Round 3 of 4", 3, 3]  # the slider was moved; there are three models and three bars
+    assert seen[8] == "Pause" and seen[9:11] == [True, [200, 50]]  # no mark hides another; a free mark stays
+    assert seen[11:] == ["Round 4 of 4", "Play"]  # it plays to the end and stops
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""lab/partitions.py: non-IID clients."""
+"""Tests of lab/partitions.py: non-IID clients."""
 
 import numpy as np
 from hypothesis import given
@@ -18,7 +18,7 @@ def test_the_other_partitions_deal_everything_once_and_leave_nobody_empty(client
 
 def test_what_the_partitions_make_unequal():
     """By labels the shares of pneumonia differ, by quantity the sizes alone; with a large alpha neither."""
-    labels = (np.arange(4000) % 4 > 0).astype(int)  # three quarters
+    labels = (np.arange(4000) % 4 > 0).astype(int)  # three quarters have pneumonia
 
     def spreads(parts):
         shares = [labels[part].mean() for part in parts if len(part) > 50]

@@ -1,4 +1,7 @@
-"""plot.py on small results folders made here: what is drawn, how it is named, and what happens when files lack."""
+"""Tests of plot.py on small results folders that are made here.
+
+They check what is drawn, how it is labelled, and what happens if files are missing.
+"""
 
 import csv
 import json
@@ -26,7 +29,7 @@ ACCURACY = [0.5, 0.6, 0.9, 1.0]
 HONEST_ACCURACY = [0.6, 0.7, 0.8, 0.95]
 ROUND_COLUMNS = ["round", "loss", "accuracy", "honest_accuracy", "active"]
 CLIENT_COLUMNS = ["round", "client", "malicious", "active", "reputation", "trust"]
-# Clients 0 and 1 are honest, client 2 attacks and is excluded in round 3, after which it has no scores.
+# Clients 0 and 1 are honest. Client 2 attacks and is excluded in round 3. After round 3, it has no scores.
 CLIENT_ROWS = [
     (1, 0, 0, 1, 0.9, 0.95), (1, 1, 0, 1, 0.8, 0.85), (1, 2, 1, 1, 0.5, 0.55),
     (2, 0, 0, 1, 0.9, 0.95), (2, 1, 0, 1, 0.8, 0.85), (2, 2, 1, 1, 0.3, 0.35),
@@ -41,7 +44,7 @@ def write_csv(path, columns, rows):
 
 
 def make_run(folder, *, note="", data="PneumoniaMNIST", samples=False, client_rows=CLIENT_ROWS, **config):
-    """A run of four rounds, MAD from round 3, unless `config` says otherwise. Returns its folder."""
+    """Make a run of four rounds with MAD from round 3, unless `config` says otherwise. Return its folder."""
     folder.mkdir(parents=True)
     settings = {"threshold": 0.15}
     config = {"rounds": 4, "mad_start": 3, "malicious": 0.2, "rule": "mean", "seed": 0, "settings": settings} | config
@@ -64,12 +67,12 @@ def new_ax():
 
 
 def lines(ax):
-    """The labelled lines of the Axes by label; of several with one label, the last."""
+    """Labelled lines by label; the last one if a label repeats."""
     return {line.get_label(): line for line in ax.lines if not line.get_label().startswith("_")}
 
 
 def vertical(ax):
-    """The vertical lines: where, and in which colour."""
+    """The vertical lines, each as its position and its colour."""
     return [(line.get_xdata()[0], to_hex(line.get_color())) for line in ax.lines if list(line.get_ydata()) == [0, 1]]
 
 
@@ -102,7 +105,7 @@ def test_curves_show_a_line_a_run(tmp_path, draw, values, subject, unit):
 
 
 def test_running_mean_by_hand():
-    # Over 3: (1 + 2)/2, (1 + 2 + 6)/3, (2 + 6 + 4)/3, (6 + 4 + 11)/3, (4 + 11)/2
+    # Window 3: (1 + 2)/2, (1 + 2 + 6)/3, (2 + 6 + 4)/3, (6 + 4 + 11)/3, (4 + 11)/2
     smooth = plot.running_mean(pandas.Series([1.0, 2.0, 6.0, 4.0, 11.0]), window=3)
     assert list(smooth) == pytest.approx([1.5, 3, 4, 7, 7.5])
     assert list(plot.running_mean(pandas.Series([1.0, 2.0]), window=1)) == [1, 2]
@@ -119,7 +122,7 @@ def test_honest_accuracy_light_and_running_mean_to_each_side_of_the_start(tmp_pa
     assert light.get_alpha() < 0.5 and light.get_color() == strong.get_color()
     assert list(lines(ax)) == ["MAD from round 31"]
     smooth = strong.get_ydata()  # window 60 / 20 = 3
-    # Round 29: (0.5 + 0.5 + 0.8) / 3. Round 30 is the last before the start: (0.5 + 0.8) / 2. Round 31: 0.9 alone.
+    # Round 29: (0.5 + 0.5 + 0.8) / 3. Round 30 is the last before the start: (0.5 + 0.8) / 2. Round 31: only 0.9.
     assert list(smooth[27:32]) == pytest.approx([0.5, 0.6, 0.65, 0.9, 0.9])
     assert "window 3 " in heading(ax)
     assert vertical(ax) == [(31, to_hex(strong.get_color()))]
@@ -160,7 +163,10 @@ def test_label_of_one_run(tmp_path, config, label):
 
 
 def test_seeds_are_drawn_as_their_mean_with_a_band(tmp_path):
-    """Losses 0.9, 0.7, 0.2, 0.1 of seed 0, and 0.2 more of seed 1: mean + 0.1, sample deviation 0.1 * sqrt 2."""
+    """Seed 0 has the losses 0.9, 0.7, 0.2, 0.1. The losses of seed 1 are higher by 0.2.
+
+    The mean is higher than seed 0 by 0.1, and the sample standard deviation is 0.1 * sqrt 2.
+    """
     runs = [loaded(tmp_path / f"3-{seed}", seed=seed) for seed in (0, 1)]
     runs.append(loaded(tmp_path / "never", mad_start=None))
     runs[1].rounds["loss"] += 0.2
@@ -182,7 +188,7 @@ def test_a_band_has_the_rounds_that_all_seeds_have(tmp_path):
     ax = new_ax()
     plot.plot_loss(ax, [whole, plot.load_run(short)])
     assert list(ax.lines[0].get_xdata()) == [1, 2]
-    assert list(ax.lines[0].get_ydata()) == pytest.approx([0.9, 0.6])  # of a round written twice, the last
+    assert list(ax.lines[0].get_ydata()) == pytest.approx([0.9, 0.6])  # round 2 is written twice; the last row counts
     ax = new_ax()
     plot.plot_honest_accuracy(ax, [whole, plot.load_run(short)])
     assert list(lines(ax)["MAD from round 3, mean of 2 seeds"].get_ydata()) == pytest.approx([0.55, 0.7])
@@ -394,7 +400,7 @@ def test_fig2_names_its_panels(tmp_path):
     assert figure.axes[0].images[0].get_clim() == (0, 255)
 
 
-# ---------------------------------------------------------------- what lacks
+# ---------------------------------------------------------------- missing and damaged files
 
 
 @pytest.mark.parametrize("name", ["", "absent"])
@@ -417,7 +423,7 @@ def test_figures_that_cannot_be_written_are_one_line_and_status_2(tmp_path, caps
 def test_run_still_going_is_drawn_as_far_as_it_is(tmp_path, capsys):
     folder = make_run(tmp_path / "a", samples=True, rounds=100)
     with open(folder / "rounds.csv", "a") as file:
-        file.write("5,0.0")  # half of a number, and no line's end
+        file.write("5,0.0")  # half of a number, without a line end
     run = plot.load_run(folder)
     ax = new_ax()
     plot.plot_loss(ax, [run])
@@ -490,7 +496,7 @@ def test_damaged_samples_are_passed_over(tmp_path):
         np.savez_compressed(path, **arrays)
         assert plot.load_run(folder).samples is None
     with open(path, "wb") as file:
-        np.save(file, images)  # no archive but one array
+        np.save(file, images)  # a single array, not an archive
     assert plot.load_run(folder).samples is None
 
 
@@ -540,7 +546,7 @@ def test_runs_of_other_lengths_and_data_share_a_figure_that_says_so(tmp_path, ca
 
 @pytest.mark.slow
 def test_a_dollar_in_a_folders_name_is_just_that(tmp_path):
-    for name in ("a$\\frac$", "b$_$"):  # which would be broken mathematics
+    for name in ("a$\\frac$", "b$_$"):  # these would be invalid math text in Matplotlib
         make_run(tmp_path / name, samples=True)
     assert plot.main([str(tmp_path)]) == 0
 
@@ -559,7 +565,7 @@ rows = st.lists(st.lists(cells, max_size=8).map(",".join), max_size=6).map("\n".
 @settings(max_examples=examples(300), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(st.sampled_from([*runs.KINDS, "data", "other"]), anything), rows, rows)
 def test_any_folder_is_read_or_refused(tmp_path, config, rounds, clients):
-    """Whatever stands in its files: a run that can be named and described, or a ValueError that says what is wrong."""
+    """Any files give a run that can be named and described, or a ValueError that says what is wrong."""
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "rounds.csv").write_text(",".join(ROUND_COLUMNS) + "\n" + rounds + "\n")
     (tmp_path / "clients.csv").write_text(",".join(CLIENT_COLUMNS) + "\n" + clients + "\n")

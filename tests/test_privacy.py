@@ -1,4 +1,4 @@
-"""lab/privacy.py: membership inference."""
+"""Tests of lab/privacy.py: membership inference."""
 
 import math
 from dataclasses import replace
@@ -18,11 +18,11 @@ from madsim import Config, simulate
 @pytest.mark.parametrize(
     ("members", "others", "advantage"),
     [
-        ([1, 2], [3, 4], 1.0),  # a threshold of 2 tells all
+        ([1, 2], [3, 4], 1.0),  # a threshold of 2 separates them
         ([1, 2, 3, 4], [1, 2, 3, 4], 0.0),
-        ([1, 2, 5, 6], [3, 4, 5, 6], 0.5),  # at 2: half of the members, none of the others
-        ([3, 4], [1, 2], 0.0),  # the attack calls the lower losses members'; it can't do worse than not at all
-        ([1, 1, 2], [1, 2, 2, 2], 2 / 3 - 1 / 4),  # ties fall together
+        ([1, 2, 5, 6], [3, 4, 5, 6], 0.5),  # threshold 2: half of the members, none of the others
+        ([3, 4], [1, 2], 0.0),  # members should have the lower losses; the advantage is never below 0
+        ([1, 1, 2], [1, 2, 2, 2], 2 / 3 - 1 / 4),  # equal losses are on the same side
     ],
 )
 def test_membership_advantage_by_hand(members, others, advantage):
@@ -38,11 +38,14 @@ def test_chance_alone_gives_the_advantage_that_is_said():
 
 
 def test_membership_is_told_of_a_model_that_remembers_and_of_no_other(phantom):
-    """Two honest clients of 40 images: after 150 epochs at a high rate their own are known by heart."""
+    """Two honest clients have 40 images each and a high learning rate.
+
+    After 150 epochs the clients' own images are memorised.
+    """
     rng = np.random.default_rng(0)
     numbers = rng.permutation(len(phantom.train_labels))
     shares = [data.Share(numbers[a : a + 40], numbers[a + 1000 : a + 1500], a == 80) for a in (0, 40, 80)]
-    noise = rng.integers(0, 2, len(phantom.train_labels))  # labels that can only be known by heart
+    noise = rng.integers(0, 2, len(phantom.train_labels))  # labels that can only be memorised
     clients = model.Clients(
         (phantom.train_images, noise, noise), (phantom.test_images, phantom.test_labels), shares,
         seed=0, attacking=lambda t: True, submit=lambda W, w, honest, rng: W, device="cpu", threads=None,
@@ -52,18 +55,18 @@ def test_membership_is_told_of_a_model_that_remembers_and_of_no_other(phantom):
     inference = MembershipInference(clients)
     before = inference(w, 1)
     W, _ = clients.train(w, np.array([True, True, False]), 1)
-    after = inference(W[0].numpy(), 1)  # of 80 training images it has seen 40
+    after = inference(W[0].numpy(), 1)  # it has seen 40 of the 80 training images
     assert before["validation_advantage"] < 3 * before["validation_chance"]
     assert after["validation_advantage"] > 0.3 > 3 * after["validation_chance"]
     assert after["validation_chance"] == chance_advantage(80, 1000)  # the attacker's images do not count
     assert after["test_chance"] == chance_advantage(80, len(phantom.test_labels))
-    assert after == inference(W[0].numpy(), 1)  # whatever is drawn comes from seed and round
-    # the bootstrap's error is near the binomial one of two shares (here about 0.05 and 0.016)
+    assert after == inference(W[0].numpy(), 1)  # random draws depend only on seed and round
+    # The bootstrap error is close to the binomial error of two shares (here about 0.05 and 0.016).
     assert 0.02 < after["validation_error"] < 0.08
 
 
 def test_membership_is_measured_of_the_model_that_clients_received(small, tmp_path):
-    """In round 4 that is the model of round 3."""
+    """In round 4, the clients receive the model of round 3."""
     config = Config(rounds=5, membership=2, mad_start=1)
     result = simulate(config, tmp_path / "run", dataset=small)
     table = pd.read_csv(tmp_path / "run" / "membership.csv")
@@ -81,10 +84,10 @@ def test_measuring_membership_changes_nothing_else(small):
 
 
 def test_what_an_excluded_attacker_holds_by_hand():
-    """Client 1 was trained last in round 2, so it holds what was measured then; client 0 goes on."""
+    """Client 1 trains last in round 2, so it holds what was measured in that round. Client 0 continues."""
     trained = [(1, 0, 0.5), (1, 1, 0.5), (2, 0, 0.4), (2, 1, 0.4), (3, 0, 0.3), (3, 1, np.nan)]
     clients = pd.DataFrame(trained, columns=["round", "client", "train_loss"])
     membership = pd.DataFrame({"round": [2, 3], "test_advantage": [0.1, 0.2]})
     assert held(membership, clients, 1) == {"round": 2, "test_advantage": 0.1}
     assert held(membership, clients, 0) == {"round": 3, "test_advantage": 0.2}
-    assert held(membership.tail(1), clients, 1) is None  # measured too late
+    assert held(membership.tail(1), clients, 1) is None  # the measurement came too late

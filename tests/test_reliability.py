@@ -1,5 +1,7 @@
-"""What docs/reliability.md promises: runs that are killed, stopped or run out of disk; hostile clients, files and
-command lines."""
+"""Tests of the promises in docs/reliability.md.
+
+Runs are killed, stopped, or run out of disk space. Clients, files and command lines are hostile.
+"""
 
 import io
 import json
@@ -40,7 +42,7 @@ CSV = ("rounds.csv", "clients.csv", "plane.csv")
 
 @pytest.fixture(scope="module")
 def tiny() -> data.Dataset:
-    """200 images that show nothing: a round takes some 15 ms."""
+    """200 training images of random noise. A round takes about 15 ms."""
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (240, 28, 28), np.uint8), rng.integers(0, 2, 240)
     return data.Dataset(images[:200], labels[:200], images[200:], labels[200:], name="tiny", md5="none")
@@ -48,7 +50,7 @@ def tiny() -> data.Dataset:
 
 @pytest.fixture
 def quick(tiny, monkeypatch):
-    """The command line finds the tiny data set where it looks for the phantom."""
+    """The command line uses the tiny data set instead of the phantom."""
     monkeypatch.setattr(data, "phantom", lambda seed=0, note="": replace(tiny, note=note))
 
 
@@ -57,7 +59,7 @@ def csv_bytes(folder: Path) -> list[bytes]:
 
 
 def stop_in(monkeypatch, round_: int, stop) -> None:
-    """`stop()` is called in the middle of that round of every run that follows."""
+    """Make every later run call `stop()` in the middle of round `round_`."""
     mad_step_itself = madsim.mad_step
 
     def step(W, state, t, *rest):
@@ -74,9 +76,10 @@ def interrupt():
 
 @pytest.fixture(scope="module")
 def stopped_and_whole(tiny, tmp_path_factory) -> Path:
-    """A folder with the folders of a run that was stopped in round 4 of 6, and of the same run that never was.
+    """A folder with two folders of the same run: `whole` is complete, `stopped` was stopped in round 4 of 6.
 
-    Two clients are gone by then, in round 2, so that some fields are empty."""
+    Two clients are excluded in round 2, so some fields are empty.
+    """
     config = Config(rounds=6, mad_start=3, dataset="phantom", attack="nan", attack_start=2)
     place = tmp_path_factory.mktemp("runs")
     simulate(config, place / "whole", dataset=tiny)
@@ -101,8 +104,8 @@ def resume(folder: Path, dataset: data.Dataset) -> madsim.Result:
 
 # ---------------------------------------------------------------- killed
 
-# Runs that kill themselves with SIGKILL: at a moment of their own work, counted, or after some seconds (a number).
-# They are forks of a process that has trained some rounds before, which saves every one of them some seconds.
+# These runs kill themselves with SIGKILL. Each waits for the `count`-th time that its moment comes, or for a number of
+# seconds. They are forks of a process that has already trained some rounds. This saves some seconds per run.
 KILLED = """
 import json, os, signal, sys, threading
 import numpy as np
@@ -155,8 +158,8 @@ for i, (moment, count) in enumerate(moments):
         os._exit(0)
     print(os.waitpid(process, 0)[1], flush=True)
 """
-MOMENTS = [  # and the how manieth of its kind; a checkpoint syncs four files, config.json is the first that is renamed
-    ("half a row", 3 * 20 + 4), ("half a row", 3 * 3 + 5), ("half a row", 3 * 9 + 6),  # of each of CSV
+MOMENTS = [  # (moment, count). A checkpoint syncs four files. config.json is the first file that is renamed.
+    ("half a row", 3 * 20 + 4), ("half a row", 3 * 3 + 5), ("half a row", 3 * 9 + 6),  # one for each file in CSV
     ("between two rows", 3 * 18 + 1), ("checkpoint unfinished", 1 + 4 * 3), ("checkpoint unfinished", 1 + 4 * 3 + 1),
     ("before the checkpoint's name", 5), ("after the checkpoint's name", 5),
 ]  # fmt: skip
@@ -164,8 +167,11 @@ MOMENTS = [  # and the how manieth of its kind; a checkpoint syncs four files, c
 
 @pytest.mark.slow
 def test_a_kill_at_any_moment_loses_nothing_for_good(tiny, tmp_path):
-    """SIGKILL while a row or a checkpoint is written and at random moments: the run that goes on gives the bytes of
-    the run that was never killed. Two clients submit NaN from round 5 on, so that most go on without them."""
+    """SIGKILL ends a run while it writes a row or a checkpoint, or at a random moment.
+
+    The resumed run gives the same bytes as the run that was never killed. Two clients submit NaN from round 5 on, so
+    most resumed runs continue without them.
+    """
     arrays = (tiny.train_images, tiny.train_labels, tiny.test_images, tiny.test_labels)
     np.savez(tmp_path / "arrays.npz", **dict(zip("abcd", arrays)))
     run, seed = {"rounds": 25, "mad_start": 15, "attack": "nan", "attack_start": 5}, time.time_ns()
@@ -188,14 +194,15 @@ def test_a_kill_at_any_moment_loses_nothing_for_good(tiny, tmp_path):
         result = resume(folder, tiny)
         assert csv_bytes(folder) == whole, moment
         assert result.summary["complete"] and not list(folder.glob("*.part"))
-    assert sum(0 < t < 25 for t in rounds) > len(rounds) / 2  # most went on from the middle
+    assert sum(0 < t < 25 for t in rounds) > len(rounds) / 2  # most were resumed in the middle
 
 
 def test_rows_beyond_the_checkpoint_and_a_torn_last_one_are_dropped(stopped, tiny):
     folder, whole = stopped
     expected = csv_bytes(whole)
     for name, content in zip(CSV, expected):
-        (folder / name).write_bytes(content[: int(len(content) * 0.9)].rstrip())  # round 6 begun, its last row torn
+        # Round 6 has begun. Its last row is torn.
+        (folder / name).write_bytes(content[: int(len(content) * 0.9)].rstrip())
         assert not (folder / name).read_bytes().endswith(b"\n")
     resume(folder, tiny)
     assert csv_bytes(folder) == expected
@@ -227,7 +234,10 @@ def test_a_complete_run_is_left_as_it_is(stopped, tiny):
 
 @pytest.mark.parametrize(("seconds", "expected"), [(0, 7), (1e9, 2)])
 def test_checkpoints_come_by_the_clock(seconds, expected, tiny, tmp_path, monkeypatch):
-    """Before the first round, after every round that ends so long after the last one, and at the end."""
+    """A checkpoint is saved before the first round and at the end.
+
+    In between, it is saved after every round that ends at least CHECKPOINT_SECONDS after the last checkpoint.
+    """
     saved, save = [], log.Log.save
     monkeypatch.setattr(log, "CHECKPOINT_SECONDS", seconds)
     monkeypatch.setattr(log.Log, "save", lambda log: saved.append(save(log)))
@@ -240,7 +250,7 @@ def test_checkpoints_come_by_the_clock(seconds, expected, tiny, tmp_path, monkey
 
 @pytest.fixture(scope="module")
 def phantom_run(phantom, tmp_path_factory) -> Path:
-    """The folder of a run of 9 rounds on the phantom, MAD from round 4."""
+    """The folder of a run of 9 rounds on the phantom. MAD starts in round 4."""
     config = Config(rounds=9, mad_start=4, dataset="phantom")
     folder = tmp_path_factory.mktemp("whole") / config.name
     simulate(config, folder, dataset=phantom)
@@ -249,7 +259,7 @@ def phantom_run(phantom, tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_a_signal_leaves_a_folder_that_can_be_resumed_and_says_how(phantom_run, tmp_path, capsys):
-    """SIGINT, and SIGTERM in a process beside it."""
+    """Two processes run at the same time. One gets SIGINT, the other gets SIGTERM."""
     words = ["--rounds", "9", "--mad-start", "4", "--dataset", "phantom", "--threads", "1"]
     processes = {number: command(*words, "--out", tmp_path / number.name) for number in (signal.SIGINT, signal.SIGTERM)}
     folders = {number: tmp_path / number.name / phantom_run.name for number in processes}
@@ -286,7 +296,7 @@ def test_a_run_stopped_before_its_first_round_ends_can_be_resumed(tiny, quick, t
 
 @pytest.mark.slow
 def test_several_runs_are_resumed_at_once_in_any_number_of_processes(quick, tmp_path, monkeypatch):
-    """Whole in two processes or in this one, or stopped one by one and resumed: the same bytes."""
+    """Whole runs in two processes, whole runs in this process, and resumed runs give the same bytes."""
     words = ["--rounds", "5", "--clients", "4", "--malicious", "0.25", "--dataset", "phantom"]
     for jobs, place in (("2", "whole"), ("1", "in one")):
         assert main([*words, "--mad-start", "2", "never", "--jobs", jobs, "--out", str(tmp_path / place)]) == 0
@@ -309,7 +319,7 @@ def test_an_interruption_ends_all_of_several_runs_in_one_process_and_they_go_on(
     with monkeypatch.context() as patch:
         stop_in(patch, 2, interrupt)
         assert main(words) == 130
-    (cut,) = tmp_path.iterdir()  # the second was not begun
+    (cut,) = tmp_path.iterdir()  # the second run was not started
     assert capsys.readouterr().err == "\nmadsim: stopped; the same command continues\n"
     assert main(words) == 0
     assert {path.name for path in tmp_path.iterdir()} > {cut.name}
@@ -325,7 +335,10 @@ def test_an_interruption_ends_all_of_several_runs_in_one_process_and_they_go_on(
 
 
 def test_an_experiment_goes_on_where_it_stopped(grid, tmp_path, capsys, monkeypatch):
-    """Stopped in its first run's third round, then killed as a folder was made: what is done is not done again."""
+    """The experiment is stopped in round 3 of a run. Then it is killed while it makes a folder.
+
+    The runs that are complete are not run again.
+    """
     assert main([*grid, "--out", str(tmp_path / "whole")]) == 0
     assert main([*grid[:-1], "1", "--out", str(tmp_path / "cut")]) == 0  # with one seed, then with two
     first = {path: path.stat().st_mtime_ns for path in (tmp_path / "cut").rglob("rounds.csv")}
@@ -370,7 +383,7 @@ def test_an_experiment_does_not_take_other_runs_for_its_own(grid, tmp_path, caps
 
 
 def test_a_run_that_fails_leaves_the_others_of_an_experiment(grid, tmp_path, capsys, monkeypatch):
-    """The one run whose clients all diverge in round 3 is named, and left out of the means."""
+    """All clients of one run diverge in round 3. This run is named and left out of the means."""
     step = madsim.mad_step
 
     def diverge(W, state, t, *rest):
@@ -401,7 +414,7 @@ def test_a_run_that_was_measured_for_membership_is_resumed(tiny, tmp_path, monke
 
 
 def test_a_killed_process_of_several_is_one_line(stopped, quick, capsys, monkeypatch):
-    """As when the memory runs out; joblib then says so by this error."""
+    """joblib raises this error if a process is killed, for example because the memory ran out."""
     folder, _ = stopped
 
     def broken(*_):
@@ -414,13 +427,13 @@ def test_a_killed_process_of_several_is_one_line(stopped, quick, capsys, monkeyp
 
 
 def check_it_ended_in_one_line_and_goes_on(folder, whole, run, repair, reason, capsys):
-    """`run` fails for want of disk and says so and how to go on; after `repair` it goes on to the same bytes."""
+    """`run` can't write its files and says how to continue. After `repair`, the resumed run gives the same bytes."""
     with pytest.raises(SystemExit) as stop:
         run()
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1
     assert reason in err and f"; continue with: python madsim.py --resume {folder}\n" in err
-    with np.load(folder / "checkpoint.npz", allow_pickle=False) as checkpoint:  # intact
+    with np.load(folder / "checkpoint.npz", allow_pickle=False) as checkpoint:  # the checkpoint is intact
         assert checkpoint["round"] > 0
     assert csv_bytes(folder)[0].startswith(csv_bytes(whole)[0][:200])
     repair()
@@ -433,7 +446,7 @@ LONG = ["--rounds", "50", "--clients", "48", "--dataset", "phantom"]
 
 @pytest.fixture(scope="module")
 def long_run(tiny, tmp_path_factory) -> Path:
-    """The folder of a run whose clients.csv outgrows its checkpoint."""
+    """The folder of a run whose clients.csv becomes larger than its checkpoint."""
     config = Config(rounds=50, clients=48, dataset="phantom")
     folder = tmp_path_factory.mktemp("long") / config.name
     simulate(config, folder, dataset=tiny)
@@ -458,7 +471,7 @@ def test_a_file_that_may_not_grow_ends_in_one_line(long_run, quick, tmp_path, ca
 
 
 def mount(*words: str | Path) -> None:
-    """`mount WORDS`; the test is skipped where this process may not."""
+    """Run `mount WORDS`. Skip the test if this process may not mount."""
     if subprocess.run(["mount", *words], capture_output=True).returncode:
         pytest.skip("it takes the privilege to mount a disk")
 
@@ -483,7 +496,7 @@ def test_a_full_disk_ends_in_one_line(long_run, quick, disk, capsys, monkeypatch
 
 
 def test_a_folder_that_turns_read_only_ends_in_one_line(quick, tmp_path, capsys, monkeypatch):
-    """In round 4: the files that are open could still be written, a checkpoint can't be."""
+    """The folder turns read-only in round 4. Files that are open can still be written, but a checkpoint can't."""
     words, name = ["--rounds", "6", "--dataset", "phantom"], "nomad-rounds6-phantom-s0"
     monkeypatch.setattr(log, "CHECKPOINT_SECONDS", 0)
     assert main([*words, "--out", str(tmp_path / "whole")]) == 0
@@ -506,7 +519,10 @@ def test_a_folder_that_turns_read_only_ends_in_one_line(quick, tmp_path, capsys,
 
 
 def test_runs_of_one_seed_differ_in_nothing_but_their_threads(tiny, tmp_path):
-    """Also in another process and with another number of threads, which config.json states; another seed differs."""
+    """Runs with 1 and 2 threads give the same bytes. Another seed gives other bytes.
+
+    config.json states the number of threads.
+    """
     threads = torch.get_num_threads()
     try:
         for name, options in (("one", {"threads": 1}), ("two", {"threads": 2}), ("other", {"threads": 2, "seed": 1})):
@@ -534,7 +550,7 @@ def one_by_one(W, w, rng):
 
 @pytest.fixture(scope="module")
 def quarter(phantom) -> data.Dataset:
-    """A quarter of the phantom: a round of ten clients takes some 50 ms."""
+    """A quarter of the phantom. A round of ten clients takes about 50 ms."""
     images, labels = phantom.train_images[::4], phantom.train_labels[::4]
     tests, test_labels = phantom.test_images[::4], phantom.test_labels[::4]
     return replace(phantom, train_images=images, train_labels=labels, test_images=tests, test_labels=test_labels)
@@ -553,7 +569,10 @@ SUBMISSIONS = {
 
 @pytest.mark.parametrize("name", SUBMISSIONS)
 def test_no_submission_gets_in_or_costs_an_honest_client_its_place(name, quarter, monkeypatch):
-    """Four of ten submit it from the first round on; every round ends, the scores hold, the four are out."""
+    """Four of ten clients submit it from round 1 on.
+
+    Every round ends, the scores stay in their range, and the four clients are excluded.
+    """
     monkeypatch.setitem(ATTACKS, name, Attack("", submit=SUBMISSIONS[name]))
     run = simulate(Config(rounds=6, mad_start=1, malicious=0.4, attack=name), dataset=quarter)
     assert run.rounds["round"].tolist() == [1, 2, 3, 4, 5, 6]
@@ -562,7 +581,7 @@ def test_no_submission_gets_in_or_costs_an_honest_client_its_place(name, quarter
         assert run.clients[score].dropna().between(0, 1).all()
     assert run.summary["false_exclusions"] == 0
     excluded = [run.summary["excluded"].get(client) for client in run.summary["malicious"]]
-    if name == "one by one":  # the first of them submits what it has trained, which is no attack
+    if name == "one by one":  # the first one submits the model that it trained, which is no attack
         assert excluded == [None, 3, 2, 1]
     elif name == "all, one by one":
         assert excluded == [1, 2, 3, 4] and run.rounds.active.iloc[-1] == 6
@@ -572,19 +591,19 @@ def test_no_submission_gets_in_or_costs_an_honest_client_its_place(name, quarter
 
 @pytest.mark.parametrize("name", ["1e30", "noise"])
 def test_without_mad_such_a_submission_ruins_the_model(name, quarter, monkeypatch):
-    """The negative control: the same submissions, averaged."""
+    """The negative control: FedAvg averages the same submissions."""
     monkeypatch.setitem(ATTACKS, name, Attack("", submit=SUBMISSIONS[name]))
     config = Config(rounds=4, malicious=0.4, attack=name)
     try:
         attacked = simulate(config, dataset=quarter).rounds.test_loss.iloc[-1]
-    except FloatingPointError:  # nobody can train on from there
+    except FloatingPointError:  # no client can continue training from this model
         return
     peace = simulate(replace(config, attack="label_flip", malicious=0.0), dataset=quarter)
     assert not attacked < 2 * peace.rounds.test_loss.iloc[-1]
 
 
 def test_models_without_any_difference_cost_nobody_its_place(tiny):
-    """Zero spread: with a learning rate of 0 everyone submits the global model."""
+    """With a learning rate of 0, all clients submit the global model, so the spread is 0."""
     run = simulate(Config(rounds=3, mad_start=1, lr=0.0), dataset=tiny)
     assert run.summary["excluded"] == {}
     assert (run.clients.d == 1).all() and (run.clients.trust == 1).all() and (run.clients.distance == 0).all()
@@ -594,8 +613,11 @@ def test_models_without_any_difference_cost_nobody_its_place(tiny):
     ("malicious", "seed"), [(0.2, 1), *(pytest.param(f, 0, marks=pytest.mark.slow) for f in (0.3, 0.4))]
 )
 def test_copies_of_an_honest_model_cost_nobody_its_place(malicious, seed, phantom, monkeypatch):
-    """All malicious clients submit what one honest client does. Counted by heads, each of these cases would cost honest
-    clients their places, as the copies are a cluster without any spread."""
+    """All malicious clients submit a copy of one honest client's model.
+
+    If the copies counted as separate models, honest clients would be excluded in each of these cases, because the
+    copies form a cluster without spread.
+    """
     half = replace(phantom, train_images=phantom.train_images[::2], train_labels=phantom.train_labels[::2])
     attack = model.Clients.attack
 
@@ -619,7 +641,7 @@ def test_a_federation_of_one_client_goes_on(tiny):
 
 
 def test_one_client_left_of_three_keeps_its_place(tiny, monkeypatch):
-    """The one malicious client goes for its distance, one honest client breaks (NaN); the last one goes on alone."""
+    """The malicious client is excluded for its distance, one honest client for NaN. The last one continues alone."""
     train = model.Clients.train
 
     def break_one(clients, w, asked, t):
@@ -637,7 +659,7 @@ def test_one_client_left_of_three_keeps_its_place(tiny, monkeypatch):
 
 
 def rounds_of(seed: int, clients: int, rounds: int) -> list[np.ndarray]:
-    """Submissions [C, 12] of some rounds: a cloud that moves, and some clients apart from it."""
+    """Submissions [C, 12] per round. Most clients form a cloud that moves. Some clients may lie away from it."""
     rng = np.random.default_rng(seed)
     apart = np.arange(clients) < rng.integers(0, (clients + 1) // 2)
     far = rng.uniform(0, 8, (rounds, 1, 1)) * apart[:, None]
@@ -654,7 +676,7 @@ def played(submissions: list[np.ndarray], preset: str, mad_start: int):
 @settings(max_examples=examples(60), deadline=None)
 @given(st.integers(0, 10**9), st.integers(3, 9), st.integers(1, 4), st.data())
 def test_the_order_of_the_clients_does_not_matter(seed, clients, mad_start, draw):
-    """Several rounds of MAD, exclusions included: permuted clients get the permuted scores."""
+    """Permuted clients get the permuted scores over several rounds of MAD, including its exclusions."""
     submissions, order = rounds_of(seed, clients, 5), list(draw.draw(st.permutations(range(clients))))
     state, permuted = (played(W, "paper", mad_start) for W in (submissions, [W[order] for W in submissions]))
     assert (state.active[order] == permuted.active).all()
@@ -678,7 +700,7 @@ numbers = st.floats(width=32) | st.sampled_from([0.0, 1e30, -1e30, float("inf"),
 @settings(max_examples=examples(200), deadline=None)
 @given(st.lists(st.lists(numbers, min_size=3, max_size=3), min_size=2, max_size=7), st.sampled_from(sorted(PRESETS)))
 def test_whatever_is_submitted_the_scores_stay_in_range(rows, preset):
-    """Any float32 at all, for six rounds; or the run says that nobody is left."""
+    """Clients submit any float32 values for six rounds. The run continues, or an error says that nobody is left."""
     W, state = np.array(rows, np.float32), initial_state(len(rows))
     for t in range(1, 7):
         try:
@@ -698,7 +720,7 @@ def test_whatever_is_submitted_the_scores_stay_in_range(rows, preset):
 
 
 class Pickled:
-    """Unpickling it would write a file."""
+    """An object that writes a file when it is unpickled."""
 
     def __reduce__(self):
         return Path.touch, (Path("unpickled"),)
@@ -709,7 +731,7 @@ def save_arrays(path: Path, arrays: dict) -> None:
 
 
 def bomb(path: Path, name: str, compressed: bool) -> None:
-    """An npz file of a few kB whose one array is declared to have 8 GB; compressed, it has 100 MB of them."""
+    """A small npz file whose only array claims to have 8 GB. If `compressed` is set, it holds 100 MB of them."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (2**31,)})
     kind = zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED
@@ -720,7 +742,7 @@ def bomb(path: Path, name: str, compressed: bool) -> None:
 
 
 def npz_of(images, labels):
-    """The arrays of pneumoniamnist.npz, these in every split."""
+    """The arrays of pneumoniamnist.npz, with the same images and labels in every split."""
     return {
         f"{split}_{kind}": a
         for split in ("train", "val", "test")
@@ -743,7 +765,7 @@ DATA_FILES = {
 
 @pytest.mark.parametrize("kind", DATA_FILES)
 def test_a_hostile_data_file_gets_one_line(kind, tmp_path, capsys, monkeypatch):
-    """Nothing but the published bytes is ever opened as a data set: anything else has another MD5."""
+    """Only the published bytes are ever opened as a data set. Every other file has another MD5."""
     monkeypatch.chdir(tmp_path)
     DATA_FILES[kind](tmp_path / data.FILE)
     monkeypatch.setattr(np, "load", lambda *_, **__: pytest.fail("the file was opened"))
@@ -772,7 +794,7 @@ def test_a_data_set_of_ones_own_is_checked(changed, expected):
 
 
 def edited(path: Path, **arrays) -> None:
-    """The checkpoint with some of its arrays replaced; None removes one."""
+    """Replace some arrays of the checkpoint. None removes an array."""
     with np.load(path) as found:
         content = dict(found)
     np.savez(path, **{name: array for name, array in (content | arrays).items() if array is not None})
@@ -783,7 +805,7 @@ def cut_in_half(path: Path) -> None:
 
 
 def forge_marks(path: Path) -> None:
-    """Right marks, but of files that have no more than their columns' names."""
+    """Valid marks, but those of files that hold only their column names."""
     heads = [(path.parent / name).read_bytes().split(b"\n")[0] + b"\n" for name in CSV]
     edited(path, marks=np.array([(len(head), zlib.crc32(head)) for head in heads]))
 
@@ -797,7 +819,7 @@ def mark_inside_a_row(path: Path) -> None:
     edited(path, marks=marks)
 
 
-CHECKPOINTS = {  # how it is damaged, and what the one line says
+CHECKPOINTS = {  # name: (how the checkpoint is damaged, what the error line says)
     "absent": (Path.unlink, "can't be resumed: it holds no checkpoint.npz; run it again with --overwrite"),
     "empty": (lambda path: path.write_bytes(b""), "is damaged: "),
     "no zip": (lambda path: path.write_bytes(b"thesis" * 1000), "is damaged: "),
@@ -990,7 +1012,7 @@ OPTIONS = {
 
 @st.composite
 def command_lines(draw, names=tuple(OPTIONS)) -> list[str]:
-    """Some options, each with a value of its own kind or, one in eight, a wild one."""
+    """Some options with values. A value has the type that its option expects. One value in eight is wild instead."""
     words = []
     for name in draw(st.lists(st.sampled_from(names), max_size=6)):
         action = OPTIONS[name]
@@ -1002,7 +1024,7 @@ def command_lines(draw, names=tuple(OPTIONS)) -> list[str]:
 
 
 def runs_or_is_refused(call, capsys) -> None:
-    """The call runs, or one line refuses; anything else fails."""
+    """The call runs, or it is refused in one line. Anything else fails the test."""
     try:
         call()
     except SystemExit as stop:
@@ -1013,7 +1035,7 @@ def runs_or_is_refused(call, capsys) -> None:
 @settings(max_examples=examples(3000), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(command_lines())
 def test_every_command_line_is_understood_or_refused_in_one_line(capsys, words):
-    """The plan of the runs, as `main` makes it; it turns a ValueError into its one line."""
+    """`main` makes the plan of the runs in the same way. It turns a ValueError into its error line."""
     with suppress(ValueError):
         runs_or_is_refused(lambda: cli.plan(vars(PARSER.parse_args(words))), capsys)
 
@@ -1050,7 +1072,7 @@ def test_strange_places_are_used_or_refused_in_one_line(path, quick, capsys, tmp
 
 @pytest.mark.slow
 def test_several_runs_in_different_places_are_resumed(quick, tmp_path, capsys, monkeypatch):
-    """Their folders given by relative and absolute names; and --jobs is checked here too."""
+    """The folders have relative and absolute paths. The test also checks --jobs."""
     monkeypatch.chdir(tmp_path)
     words = ["--rounds", "2", "--clients", "2", "--malicious", "0", "--dataset", "phantom"]
     with monkeypatch.context() as patch:

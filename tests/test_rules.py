@@ -1,4 +1,4 @@
-"""lab/rules.py: every aggregation rule, with numbers worked by hand."""
+"""Tests of lab/rules.py: every aggregation rule, with numbers worked out by hand."""
 
 import numpy as np
 import pytest
@@ -11,39 +11,40 @@ from trust import aggregate
 
 
 def column(*values: float) -> np.ndarray:
-    """Clients with a single weight each: W [C, 1]."""
+    """One weight per client: W [C, 1]."""
     return np.array(values, float)[:, None]
 
 
-ROWS = np.array([[0.0, 0.0], [1.0, 2.0], [2.0, 1.0], [9.0, 9.0]])  # three near each other, one apart
+ROWS = np.array([[0.0, 0.0], [1.0, 2.0], [2.0, 1.0], [9.0, 9.0]])  # three are close together, one is far away
 ONES = np.ones(4)
 
 
 def test_the_median_by_hand():
     assert rules.median(ROWS, ONES, 1).tolist() == [1.5, 1.5]
     assert rules.median(ROWS[:3], ONES[:3], 1).tolist() == [1, 1]
-    assert rules.median(column(1, 1, 1, 9), ONES, 0).tolist() == [1]  # ties, and f = 0
+    assert rules.median(column(1, 1, 1, 9), ONES, 0).tolist() == [1]  # ties and f = 0
 
 
 def test_the_trimmed_mean_by_hand():
-    # f = 1: each column without its least and its greatest value, (1 + 2) / 2
+    # f = 1: each column loses its smallest and its largest value. The rest gives (1 + 2) / 2.
     assert rules.trimmed_mean(ROWS, ONES, 1).tolist() == [1.5, 1.5]
     assert rules.trimmed_mean(ROWS, ONES, 0).tolist() == [3, 3]  # f = 0: the plain mean
-    assert aggregate(ROWS, ONES, ONES > 0, RULES["trimmed_mean"]).tolist() == [3, 3]  # nobody is thought malicious
-    assert rules.trimmed_mean(column(1, 9, 1, 9), ONES, 1).tolist() == [5]  # ties: one of each goes
+    assert aggregate(ROWS, ONES, ONES > 0, RULES["trimmed_mean"]).tolist() == [3, 3]  # f = 0 is the default
+    assert rules.trimmed_mean(column(1, 9, 1, 9), ONES, 1).tolist() == [5]  # ties: one 1 and one 9 are removed
+    assert aggregate(ROWS[:3], ONES[:3], ONES[:3] > 0, rules.trimmed_mean, 1).tolist() == [1, 1]  # three are enough
     with pytest.raises(ValueError, match="trimmed_mean needs 5 clients to withstand 2 malicious ones; there are 4"):
         aggregate(ROWS, ONES, ONES > 0, rules.trimmed_mean, 2)
 
 
 def test_krum_by_hand():
-    # n = 4, f = 0: the 2 nearest. Squared distances: 01 5, 02 5, 12 2, 03 162, 13 113, 23 113.
+    # n = 4, f = 0: the 2 nearest count. Squared distances: 01 5, 02 5, 12 2, 03 162, 13 113, 23 113.
     assert rules.krum_scores(ROWS, 0).tolist() == pytest.approx([10, 7, 7, 226])
-    assert rules.krum(ROWS, ONES, 0).tolist() == [1, 2]  # a tie with the third, broken by order
-    # n = 5, f = 1: again the 2 nearest; the doubled outlier has itself at distance 0, and 113 as the second
+    assert rules.krum(ROWS, ONES, 0).tolist() == [1, 2]  # it ties with the third row; the first one wins
+    # n = 5, f = 1: again the 2 nearest count. The doubled outlier has its copy at distance 0, then 113.
     five = np.vstack([ROWS, ROWS[3]])
     assert rules.krum_scores(five, 1).tolist() == pytest.approx([10, 7, 7, 113, 113])
     assert rules.multi_krum(five, np.ones(5), 1).tolist() == [3, 3]  # the mean of the first four
-    assert rules.multi_krum(ROWS, ONES, 0).tolist() == [3, 3]  # f = 0: everybody
+    assert rules.multi_krum(ROWS, ONES, 0).tolist() == [3, 3]  # f = 0: all clients
     for rule in (rules.krum, rules.multi_krum):
         with pytest.raises(ValueError, match="krum needs 5 clients to withstand 1 malicious ones; there are 4"):
             aggregate(ROWS, ONES, ONES > 0, rule, 1)
@@ -51,11 +52,12 @@ def test_krum_by_hand():
 
 
 def test_the_geometric_median_by_hand():
-    # On a line it is the weighted median; of the corners of a square, the middle; a majority holds it fast.
+    # On a line, it is the weighted median. For the corners of a square, it is the middle. A majority of equal rows
+    # decides alone.
     line = column(0, 1, 10)
     assert rules.geometric_median(line, np.ones(3), 0) == pytest.approx([1], abs=1e-4)
     assert rules.geometric_median(line, np.array([1.0, 1, 5]), 0) == pytest.approx([10], abs=1e-4)
-    for nearly_half in (1.95, 1.99):  # the steps are slow where one row has nearly half of the weight
+    for nearly_half in (1.95, 1.99):  # the steps are slow if one row has nearly half of the weight
         assert rules.geometric_median(line, np.array([1, 1, nearly_half]), 0) == pytest.approx([1], abs=1e-3)
         assert rules.geometric_median(line, np.array([1, 1, 4 - nearly_half]), 0) == pytest.approx([10], abs=1e-3)
     square = np.array([[0.0, 0], [0, 2], [2, 0], [2, 2]])
@@ -79,7 +81,7 @@ def test_nothing_near_the_geometric_median_is_nearer_to_all(seed, clients):
 
 @pytest.mark.parametrize("far", [1e6, 1e12, 1e20, 1e30])
 def test_how_far_the_outliers_lie_is_nothing_to_the_geometric_median(far):
-    """Only their direction is: two of ten at the far ends of an axis pull it equally, and cancel."""
+    """Only the direction of outliers counts. Two of ten lie at the two ends of an axis, and their pulls cancel."""
     W = np.random.default_rng(0).normal(size=(10, 3))
     W[:2] = [[far, far, far], [-far, -far, -far]]
     best = rules.geometric_median(W, np.ones(10), 0)
@@ -87,16 +89,16 @@ def test_how_far_the_outliers_lie_is_nothing_to_the_geometric_median(far):
 
 
 def test_norm_clipping_by_hand():
-    # lengths 1, 2, 3, 100: the median is 2.5, so the last two become 2.5 long
+    # The lengths are 1, 2, 3, 100. Their median is 2.5, so the last two are clipped to the length 2.5.
     U = np.diag([1.0, 2.0, 3.0, 100.0])
     assert rules.norm_clipping(U, ONES, 1) == pytest.approx([0.25, 0.5, 0.625, 0.625])
     assert rules.norm_clipping(U, np.array([1.0, 1, 1, 0]), 1) == pytest.approx([1 / 3, 2 / 3, 2.5 / 3, 0])
     assert rules.norm_clipping(U / 100, ONES, 1) == pytest.approx([0.0025, 0.005, 0.00625, 0.00625])  # in any unit
-    assert rules.norm_clipping(np.zeros((3, 2)), np.ones(3), 0).tolist() == [0, 0]  # nobody has moved
+    assert rules.norm_clipping(np.zeros((3, 2)), np.ones(3), 0).tolist() == [0, 0]  # no client has moved
 
 
 def last_layers(*rows: tuple[float, float]) -> np.ndarray:
-    """Changes [n, 70] that differ in two weights of the last layer, and by client number in the first weight."""
+    """Changes [n, 70]. They differ in two weights of the last layer. The first weight is the client's number."""
     U = np.zeros((len(rows), 70))
     U[:, 0] = np.arange(len(rows))
     U[:, 4:6] = rows  # LAST_LAYER begins at 70 - 66
@@ -104,20 +106,24 @@ def last_layers(*rows: tuple[float, float]) -> np.ndarray:
 
 
 def test_lfighter_by_hand():
-    # Two who are alike (cosine 1) against three at right angles and opposite: dissimilarity 2/5 (1 - 0) = 0.4 against
-    # 3/5 (1 - (-1 -1 - 0.6) / 3), as the least cosines are -1, -1 and -0.6.
+    # Two clients are alike (cosine 1). Their dissimilarity is 2/5 (1 - 0) = 0.4. The other three point in different
+    # directions. Their least cosines are -1, -1 and -0.6, so their dissimilarity is 3/5 (1 - (-1 - 1 - 0.6) / 3).
     U = last_layers((9, 9), (9, 9.01), (1, 0), (-1, 0), (-0.6, -0.8))
     assert rules.lfighter(U, np.ones(5), 2)[0] == pytest.approx((2 + 3 + 4) / 3)
     assert rules.lfighter(U, np.array([1.0, 1, 1, 1, 2]), 2)[0] == pytest.approx((2 + 3 + 2 * 4) / 4)
-    assert rules.lfighter(last_layers((1, 1), (1, 1), (1, 1)), np.ones(3), 1)[0] == 1  # no difference: everybody
+    assert rules.lfighter(last_layers((1, 1), (1, 1), (1, 1)), np.ones(3), 1)[0] == 1  # no difference: all clients
     assert rules.lfighter(last_layers((1, 0)), np.ones(1), 0)[0] == 0  # one client
-    four = last_layers((9, 9), (9, 9.01), (1, 0), (-1, 0))  # 2/4 (1 - 1) against 2/4 (1 - (-1))
+    four = last_layers((9, 9), (9, 9.01), (1, 0), (-1, 0))  # 2/4 (1 - 0) against 2/4 (1 - (-1))
     assert rules.lfighter(four, ONES, 2)[0] == pytest.approx(2.5) == rules.lfighter(four, ONES, 0)[0]
-    # Three who are alike, 3/5 (1 - 0), against two with a cosine of 0.6, 2/5 (1 - 0), or of -0.4, 2/5 (1 + 0.4) = 0.56.
+    # Three clients are alike: 3/5 (1 - 0). Two have a cosine of 0.6, 2/5 (1 - 0), or of -0.4, 2/5 (1 + 0.4) = 0.56.
     for cosine, sine in ((0.6, 0.8), (-0.4, 0.84**0.5)):
         U = last_layers((9, 9), (9, 9.01), (9.01, 9), (1, 0), (cosine, sine))
         assert rules.lfighter(U, np.ones(5), 2)[0] == pytest.approx((0 + 1 + 2) / 3)
-    tie = last_layers((9, 0), (9, 0), (1, 0), (1, 0))  # either cluster is wholly alike: the first client's is taken
+    U = last_layers((9, 9), (9, 9.01), (9.01, 9), (0, 0), (1, 0))  # a client without a change: 2/5 (1 - 0)
+    assert rules.lfighter(U, np.ones(5), 2)[0] == pytest.approx((0 + 1 + 2) / 3)
+    U = last_layers((9, 9), (9, 9.01), (9.01, 9), (0.1, 0), (-0.09, 0.0436))  # a cosine of -0.9: 2/5 (1 + 0.9) = 0.76
+    assert rules.lfighter(U, np.ones(5), 2)[0] == pytest.approx((3 + 4) / 2)
+    tie = last_layers((9, 0), (9, 0), (1, 0), (1, 0))  # both clusters have equal rows: the first client's wins
     assert rules.lfighter(tie, ONES, 2)[0] == pytest.approx(0.5)
 
 
@@ -138,7 +144,10 @@ def test_a_rule_of_changes_asks_for_the_last_weights(rule):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_every_rule_is_fedavg_of_equal_models_and_moves_with_them(rule):
-    """Equal models give themselves; shifted models and global weights give the shifted average; in W's precision."""
+    """The average of equal models is the same model. Shifted models and global weights give the shifted average.
+
+    The average has the precision of W. The order of the clients does not matter.
+    """
     rng = np.random.default_rng(0)
     everybody, before = np.ones(7, bool), rng.normal(size=80).astype(np.float32)
     same = np.tile(before + 1, (7, 1))
@@ -162,7 +171,7 @@ def test_a_robust_rule_withstands_what_ruins_the_mean(rule):
 
 
 def test_who_is_excluded_is_no_longer_withstood():
-    """Five clients and f = 1: krum needs 5. With one excluded, f = 0 and 4 are enough."""
+    """Krum needs 5 clients for f = 1, and there are five. If one of them is excluded, f = 0 and 4 are enough."""
     W = np.vstack([ROWS, [[50.0, 50.0]]])
     active = np.array([True] * 4 + [False])
     assert aggregate(W, np.ones(5), active, RULES["krum"], 1).tolist() == [1, 2]

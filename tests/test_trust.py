@@ -1,4 +1,4 @@
-"""trust.py against the paper's equations, worked by hand, and against hostile submissions."""
+"""Tests of trust.py: the paper's equations, worked out by hand, and hostile submissions."""
 
 from dataclasses import replace
 
@@ -18,6 +18,7 @@ from trust import (
     initial_reputation,
     initial_state,
     mad_step,
+    main_cluster,
     normalised_distance,
     outlying_group,
     squared_distances,
@@ -32,7 +33,7 @@ unit = st.floats(0, 1)
 
 
 def column(*values: float) -> np.ndarray:
-    """Clients with a single weight each, so that distances can be seen: W [C, 1]."""
+    """One weight per client, so that distances are easy to see: W [C, 1]."""
     return np.array(values, float)[:, None]
 
 
@@ -47,7 +48,7 @@ def test_equation_1():
     ("previous", "d", "t", "expected"),
     [
         (0.4, 0.6, 2, 0.85),  # 0.4 + 0.6 + 0.2 = 1.2, clipped to 1; 0.75 * 1 + 0.25 * 0.4
-        (0.1, 0.5, 10, 0.4825),  # d = alpha rises: 0.1 + 0.5 + 0.01 = 0.61; 0.75 * 0.61 + 0.025
+        (0.1, 0.5, 10, 0.4825),  # at d = alpha the reputation rises: 0.1 + 0.5 + 0.01 = 0.61; 0.75 * 0.61 + 0.025
         (0.9, 0.45, 3, 0.601579),  # 1.35 - exp(-0.55 * 0.3) = 0.502106; 0.75 * 0.502106 + 0.225
         (0.4, 0.2, 2, 0.1),  # 0.6 - exp(-0.8 * 0.2) = -0.252, clipped to 0; 0.25 * 0.4
     ],
@@ -79,7 +80,7 @@ def test_the_order_of_clipping_and_smoothing_matters():
 
 @pytest.mark.parametrize(
     ("R", "d", "expected"),
-    [(1, 1, 2**0.5), (0, 0, -(2**0.5)), (0.6, 0.8, 1 - 0.2**0.5), (0.5, 0.5, 0)],  # 0.6, 0.8: 1 - |(0.4, 0.2)|
+    [(1, 1, 2**0.5), (0, 0, -(2**0.5)), (0.6, 0.8, 1 - 0.2**0.5), (0.5, 0.5, 0)],  # third: 1 - |(0.4, 0.2)|
 )
 def test_equation_5(R, d, expected):
     assert trust_indicator(np.array([R]), np.array([d]))[0] == pytest.approx(expected)
@@ -118,7 +119,7 @@ def test_an_outlying_group_sets_the_scale():
 
 
 def test_the_floor_may_hold_also_where_there_is_an_outlying_group():
-    # as above, centre 1 and distances 1 0 1 9, spread 1: 9 is within 20 spreads
+    # As above, the centre is 1, the distances are 1, 0, 1, 9 and the spread is 1. The distance 9 is within 20 spreads.
     always = replace(PAPER, scale_floor=20.0, floored="always")
     assert normalised_distance(column(0, 1, 2, 10), 0.0, always)[1].tolist() == pytest.approx(
         [19 / 20, 1, 19 / 20, 11 / 20]
@@ -128,7 +129,7 @@ def test_the_floor_may_hold_also_where_there_is_an_outlying_group():
 
 
 def test_a_group_within_the_usual_spread_is_no_group():
-    # 9 is not beyond 1.25 * 8, so the centre is everybody's, 3.25: distances 3.25, 2.25, 1.25, 6.75
+    # 9 is not above 1.25 * 8, so the centre is that of all clients, 3.25. The distances are 3.25, 2.25, 1.25, 6.75.
     distance, d, spread = normalised_distance(column(0, 1, 2, 10), 8.0, PAPER)
     assert distance.tolist() == pytest.approx([3.25, 2.25, 1.25, 6.75])
     assert d.tolist() == pytest.approx([1 - (x - 1.25) / 18.75 for x in (3.25, 2.25, 1.25, 6.75)])  # hi = 2.5 * 8
@@ -136,21 +137,21 @@ def test_a_group_within_the_usual_spread_is_no_group():
 
 
 def test_without_a_group_the_farthest_is_not_far():
-    # two clusters of one size are no group: centre 1.5, median distance 1, hi = 2.5, lo = 0.5
+    # Two clusters of equal size give no group. The centre is 1.5, the median distance is 1, hi = 2.5, lo = 0.5.
     assert normalised_distance(column(0, 1, 2, 3), 0.0, PAPER)[1].tolist() == pytest.approx([0.5, 1, 1, 0.5])
     assert normalised_distance(column(0, 1, 2, 3), 0.0, TESTBED)[1].tolist() == pytest.approx([0, 1, 1, 0])
 
 
 def test_with_one_cluster_there_is_no_group_and_the_testbed_has_no_floor():
     assert not outlying_group(squared_distances(column(0, 1, 2, 10)), 0.0, replace(PAPER, clusters=1)).any()
-    # centre 1.625: distances 1.625, 0.625, 0.375, 1.875, whatever the spread was before
+    # The centre is 1.625. The distances are 1.625, 0.625, 0.375, 1.875. The earlier spread does not matter.
     for spread in (0.0, 8.0):
         _, d, _ = normalised_distance(column(0, 1, 2, 3.5), spread, TESTBED)
         assert d.tolist() == pytest.approx([1 / 6, 5 / 6, 1, 0])
 
 
 def test_a_split_without_structure_is_no_group():
-    W = np.random.default_rng(0).normal(size=(10, 500))  # in 500 dimensions all are about equally far apart
+    W = np.random.default_rng(0).normal(size=(10, 500))  # in 500 dimensions, all distances are about equal
     assert not outlying_group(squared_distances(W), 0.0, PAPER).any()
     assert outlying_group(squared_distances(W), 0.0, replace(PAPER, silhouette=-1.0)).any()
 
@@ -179,7 +180,10 @@ def test_distances_and_split_are_those_of_the_full_weights():
 @given(st.integers(0, 10_000), st.integers(3, 30), st.floats(0, 4))
 @settings(max_examples=60, deadline=None)
 def test_the_split_is_scikit_learns(seed, clients, apart):
-    """On the coordinates themselves, from the same start; `apart` 0 is one cloud, where Lloyd's steps take longest."""
+    """scikit-learn clusters the coordinates themselves, from the same start.
+
+    If `apart` is 0, the clients form a single cloud. Lloyd's algorithm needs the most steps there.
+    """
     from sklearn.cluster import KMeans
 
     rng = np.random.default_rng(seed)
@@ -196,25 +200,42 @@ def test_the_split_is_not_just_the_start():
     W = column(0.0, 1.0, 1.0, 3.7, 4.1, 7.5)
     squared = squared_distances(W)
     assert (squared[:, 5] < squared[:, 0]).tolist() == [False, False, False, False, True, True]
-    # centres then: 5.7 / 4 = 1.425 and 11.6 / 2 = 5.8; 3.7 lies 2.275 from the one and 2.1 from the other
+    # The centres are then 5.7 / 4 = 1.425 and 11.6 / 2 = 5.8. 3.7 lies 2.275 from the first and 2.1 from the second.
     assert two_means(squared).tolist() == [False, False, False, True, True, True]
 
 
+@pytest.mark.parametrize("models", [(0, 1, 2, 9, 10), (10, 9, 0, 1, 2), (9, 0, 10, 1, 2)])
+def test_the_smaller_cluster_is_the_outlying_one_wherever_it_stands(models):
+    group = outlying_group(squared_distances(column(*models)), 0.0, PAPER)
+    assert group.tolist() == [model > 5 for model in models]
+
+
+def test_copies_count_once_with_two_clusters_and_each_with_one():
+    W = column(0, 0, 0, 5, 6)
+    squared = squared_distances(W)
+    assert main_cluster(W, squared, 0.0, PAPER)[0].tolist() == [True, False, False, True, True]
+    assert main_cluster(W, squared, 0.0, TESTBED)[0].all()
+
+
+def test_a_client_between_the_farthest_two_joins_the_first():
+    assert two_means(squared_distances(column(0, 5, 10))).tolist() == [False, False, True]
+
+
 def test_a_tie_between_the_two_centres_changes_no_cluster():
-    """0, 0, 93 and 110, 200 have the centres 31 and 155: 93 lies 62 from both, and stays."""
+    """The clusters {0, 0, 93} and {110, 200} have the centres 31 and 155. 93 lies 62 from both, so it stays."""
     squared = squared_distances(column(0, 0, 93, 110, 200))
     assert two_means(squared).tolist() == [False, False, False, True, True]
 
 
 @pytest.mark.parametrize(("spread", "found"), [(6.3, True), (6.4, False), (6.8, False)])
 def test_the_nearest_member_of_a_group_decides_whether_it_is_far(spread, found):
-    """{9, 10} lie 8 and 9 from the centre of {0, 1, 1, 2}; 1.25 spreads are 7.875, 8 and 8.5."""
+    """The clients 9 and 10 lie 8 and 9 from the centre of {0, 1, 1, 2}. 1.25 spreads are 7.875, 8 and 8.5."""
     group = outlying_group(squared_distances(column(0, 1, 1, 2, 9, 10)), spread, PAPER)
     assert group.tolist() == [False] * 4 + [found] * 2
 
 
 def test_the_silhouette_decides_by_hand():
-    # 0, 1 and 4, 6, 7: (a, b) = (1, 17/3), (1, 14/3), (5/2, 7/2), (3/2, 11/2), (2, 13/2)
+    # The clusters {0, 1} and {4, 6, 7} give (a, b) = (1, 17/3), (1, 14/3), (5/2, 7/2), (3/2, 11/2), (2, 13/2)
     squared = squared_distances(column(0, 1, 4, 6, 7))
     mean = (14 / 17 + 11 / 14 + 2 / 7 + 8 / 11 + 9 / 13) / 5  # 0.663
     for bound, group in ((mean - 0.001, [True, True, False, False, False]), (mean + 0.001, [False] * 5)):
@@ -247,14 +268,14 @@ def test_permuting_clients_permutes_scores(seed, order):
 
 
 def submissions(seed: int, far: tuple[int, ...] = (1, 4), clients: int = 10, by: float = 3.0) -> np.ndarray:
-    """Models around one point, those of `far` around another."""
+    """Models around one point. The models of the clients in `far` lie around another point."""
     W = np.random.default_rng(seed).normal(size=(clients, 200)) / 14  # about 1 from the centre
     W[list(far)] += by / 200**0.5
     return W
 
 
 def play(rounds: int, mad_start: int | None, settings: Settings = PAPER, far=(1, 4), edit=lambda W, t: W):
-    """The states of `rounds` rounds of such submissions."""
+    """The initial state, and the state after each of `rounds` rounds of such submissions."""
     states = [initial_state(10)]
     for t in range(1, rounds + 1):
         states.append(mad_step(edit(submissions(t, far), t), states[-1], t, mad_start, settings))
@@ -266,7 +287,7 @@ def test_the_distrusted_are_excluded_from_the_mad_start_on():
     assert [s.active.sum() for s in states[1:]] == [10, 10, 10, 10, 8, 8, 8, 8]
     assert np.flatnonzero(~states[-1].active).tolist() == [1, 4]
     assert (states[5].trust[[1, 4]] < 0.15).all()
-    assert np.isnan(states[6].trust[[1, 4]]).all()  # dropped: not scored any more
+    assert np.isnan(states[6].trust[[1, 4]]).all()  # dropped: the excluded get no more scores
     assert states[-1].trust[states[-1].active].min() > 0.5
 
 
@@ -293,13 +314,13 @@ def test_without_attackers_nobody_is_excluded():
 
 
 def test_min_max_excludes_honest_clients_where_nobody_attacks():
-    """The negative control: the plain normalisation always calls somebody far."""
+    """The negative control: min-max normalisation always puts a client at the far end."""
     plain = replace(PAPER, clusters=1, scale_floor=0.0)
     assert play(30, 1, plain, far=())[-1].active.sum() < 10
 
 
 def test_first_round_by_hand():
-    # d = 8/9, 1, 8/9, 0; R = d; trust = 0.85 * sqrt 2 (2 d - 1), clipped
+    # d is 8/9, 1, 8/9, 0 and R = d. The trust is 0.85 * sqrt 2 (2 d - 1), clipped.
     state = mad_step(column(0, 1, 2, 10), initial_state(4), 1, 1, PAPER)
     assert state.reputation.tolist() == pytest.approx([8 / 9, 1, 8 / 9, 0])
     assert state.trust.tolist() == pytest.approx([0.85 * 2**0.5 * 7 / 9, 1, 0.85 * 2**0.5 * 7 / 9, 0])
@@ -312,7 +333,7 @@ def test_the_testbed_excludes_one_round_later_and_first_the_lowest():
     assert [s.active.sum() for s in states[1:5]] == [10, 10, 10, 9]
     lowest = np.flatnonzero(~states[4].active)
     assert lowest.tolist() == [states[3].trust.argmin()]
-    assert not np.isnan(states[-1].trust).any()  # observed: the excluded are still scored
+    assert not np.isnan(states[-1].trust).any()  # observed: the excluded still get scores
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
@@ -329,11 +350,11 @@ def test_a_client_that_submits_no_numbers_is_excluded_at_once(poison, mad_start,
     assert np.isnan(states[2].trust[7])
     others = np.arange(10) != 7
     clean = mad_step(submissions(2)[others], _without(states[1], 7), 2, mad_start, preset)
-    assert states[2].trust[others] == pytest.approx(clean.trust)  # it reached neither K-means nor the scale
+    assert states[2].trust[others] == pytest.approx(clean.trust)  # client 7 reached neither K-means nor the scale
 
 
 def _without(state, client: int):
-    """The state with one client cut out."""
+    """The state without one client."""
     names = ("distance", "d", "reputation", "trust", "active")
     return replace(state, **{name: np.delete(getattr(state, name), client) for name in names})
 
@@ -344,7 +365,7 @@ def test_if_nobody_submits_numbers_the_run_can_not_go_on():
 
 
 def test_if_everyone_would_be_excluded_the_round_keeps_its_clients():
-    strict = replace(PAPER, threshold=1.0, beta_trust=0.5)  # first trust is at most 0.707
+    strict = replace(PAPER, threshold=1.0, beta_trust=0.5)  # the first trust is at most 0.707
     state = mad_step(submissions(1), initial_state(10), 1, 1, strict)
     assert state.kept and state.active.all()
 
@@ -386,9 +407,9 @@ def test_copies_of_a_model_and_one_client_left():
 
 
 def test_the_same_model_twice_counts_once():
-    W = np.array([[0.0, 1.0], [0.0, 2.0], [-0.0, 1.0], [0.0, 1.0]])  # a zero's sign makes no other model
+    W = np.array([[0.0, 1.0], [0.0, 2.0], [-0.0, 1.0], [0.0, 1.0]])  # the sign of a zero does not count
     assert trust.originals(W).tolist() == [True, True, False, False]
-    assert trust.originals(column(1e-20, 2e-20)).tolist() == [True, True]  # nor is a small difference none
+    assert trust.originals(column(1e-20, 2e-20)).tolist() == [True, True]  # a small difference does count
 
 
 def test_fedavg_by_hand():

@@ -78,7 +78,10 @@ def test_the_rounds_are_the_means_of_the_clients(small):
 
 
 def story() -> pd.DataFrame:
-    """Three clients over three rounds: 1 (malicious) is excluded in round 2, 2 (honest) in round 3 for NaN."""
+    """Three clients and three rounds. Client 1 (malicious) is excluded in round 2.
+
+    Client 2 (honest) is excluded in round 3 for NaN.
+    """
     rows = [
         # round, client, malicious, active, distance, loss, accuracy
         (1, 0, 0, 1, 0.1, 0.5, 0.8), (1, 1, 1, 1, 0.9, 2.0, 0.2), (1, 2, 0, 1, 0.1, 0.7, 0.7),

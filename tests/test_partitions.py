@@ -17,7 +17,10 @@ def test_the_other_partitions_deal_everything_once_and_leave_nobody_empty(client
 
 
 def test_what_the_partitions_make_unequal():
-    """By labels the shares of pneumonia differ, by quantity the sizes alone; with a large alpha neither."""
+    """`dirichlet` makes the shares of pneumonia differ, `quantity` only the sizes.
+
+    With a large alpha, neither differs.
+    """
     labels = (np.arange(4000) % 4 > 0).astype(int)  # three quarters have pneumonia
 
     def spreads(parts):

@@ -30,7 +30,10 @@ def test_membership_advantage_by_hand(members, others, advantage):
 
 
 def test_chance_alone_gives_the_advantage_that_is_said():
-    """The mean of 2000 draws of 300 members and 200 others of one kind; Smirnov's limit is a little above it."""
+    """300 members and 200 others are drawn 2000 times from the same distribution.
+
+    Smirnov's limit is a little above the mean advantage.
+    """
     rng = np.random.default_rng(0)
     found = np.mean([membership_advantage(rng.random(300), rng.random(200)) for _ in range(2000)])
     assert chance_advantage(300, 200) == pytest.approx(math.sqrt(math.pi / 8 / 120), rel=1e-9)

@@ -544,7 +544,7 @@ def filled(value: float):
 
 
 def one_by_one(W, w, rng):
-    """Each four times as far as the one before, so that the farther hides the nearer for a round."""
+    """Each client lies four times as far away as the one before. The farther one hides the nearer one for a round."""
     return w + (W - w) * 4.0 ** torch.arange(len(W))[:, None]
 
 

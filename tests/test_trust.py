@@ -111,7 +111,8 @@ def test_a_nearer_client_is_never_trusted_less(R, t0, t):
 
 
 def test_an_outlying_group_sets_the_scale():
-    # 2-means: {0, 1, 2} and {10}; centre 1; distances 1, 0, 1, 9; silhouettes 17/20, 8/9, 13/16, 0: mean 0.638
+    # The clusters are {0, 1, 2} and {10}. The centre is 1 and the distances are 1, 0, 1, 9.
+    # The silhouettes are 17/20, 8/9, 13/16, 0. Their mean is 0.638.
     distance, d, spread = normalised_distance(column(0, 1, 2, 10), 0.0, PAPER)
     assert distance.tolist() == pytest.approx([1, 0, 1, 9])
     assert d.tolist() == pytest.approx([8 / 9, 1, 8 / 9, 0])
@@ -196,7 +197,7 @@ def test_the_split_is_scikit_learns(seed, clients, apart):
 
 
 def test_the_split_is_not_just_the_start():
-    """From the ends 0 and 7.5 the client at 3.7 first goes to 0; once the centres have moved, to 7.5."""
+    """The start is at 0 and 7.5. The client at 3.7 first joins 0. Once the centres have moved, it joins 7.5."""
     W = column(0.0, 1.0, 1.0, 3.7, 4.1, 7.5)
     squared = squared_distances(W)
     assert (squared[:, 5] < squared[:, 0]).tolist() == [False, False, False, False, True, True]

@@ -103,8 +103,8 @@ class Log:
         """Create the folder of a new run."""
         if self.out:
             of = self.dataset
-            about = {"data": {"name": of.name, "md5": of.md5, "note": of.note}}
-            about = asdict(self.config) | origin(self.members) | about
+            data = {"name": of.name, "md5": of.md5, "note": of.note}
+            about = asdict(self.config) | origin(self.members) | {"data": data}
             self.out.mkdir(parents=True)
             write_json(self.out / "config.json", about)
             four = np.concatenate([np.flatnonzero(of.train_labels == label)[:2] for label in (0, 1)])  # for Fig. 2
@@ -145,7 +145,7 @@ class Log:
         """Record round t: its row of rounds.csv, its rows of clients.csv, and from time to time a checkpoint."""
         loss, accuracy, test = metrics
         who, honest = scores.active, ~self.members.malicious
-        means = [rounded(v[m].mean()) for m in (who, honest) for v in (loss, accuracy)]
+        means = [rounded(v[m].mean()) for m in (who, honest) for v in (loss, accuracy)]  # the curves of Fig. 3
         columns = (scores.distance, scores.d, scores.reputation, scores.trust, train_loss, loss, accuracy)
         rows = [
             [t, client, int(self.members.malicious[client]), int(who[client]), *map(rounded, values)]

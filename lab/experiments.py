@@ -238,7 +238,7 @@ def heading(name: str, table: Any, command: str) -> str:
     return (
         f"# {name}: {EXPERIMENTS[name].about}\n\n"
         f"`{command}`; {', '.join(table.data.unique())}; {table.rounds.max()} rounds; seeds {seeds}; "
-        f'commit {commits}{dirty}. Mean ± sample standard deviation over the seeds. "(of N)" means over the N runs '
+        f'commit {commits}{dirty}. Mean ± sample standard deviation over the seeds. "(of N)": averaged over the N runs '
         f"that have this value. Losses and accuracies are means over the last {span(table)} rounds."
         f"{scaled(name, table)}{ended}"
     )

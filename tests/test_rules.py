@@ -119,6 +119,10 @@ def test_lfighter_by_hand():
     for cosine, sine in ((0.6, 0.8), (-0.4, 0.84**0.5)):
         U = last_layers((9, 9), (9, 9.01), (9.01, 9), (1, 0), (cosine, sine))
         assert rules.lfighter(U, np.ones(5), 2)[0] == pytest.approx((0 + 1 + 2) / 3)
+    U = last_layers((9, 9), (9, 9.01), (9.01, 9), (0.1, 0), (0.06, 0.08))  # a cosine of 0.6, in short changes
+    assert rules.lfighter(U, np.ones(5), 2)[0] == pytest.approx((0 + 1 + 2) / 3)
+    U = last_layers((0, 0), (1, 0), (9, 9), (9, 9.01), (9.01, 9), (9, 9))  # the first client has no change
+    assert rules.lfighter(U, np.ones(6), 2)[0] == pytest.approx((2 + 3 + 4 + 5) / 4)
     U = last_layers((9, 9), (9, 9.01), (9.01, 9), (9, 9), (0, 0), (1, 0))  # a client without a change
     assert rules.lfighter(U, np.ones(6), 2)[0] == pytest.approx((0 + 1 + 2 + 3) / 4)
     U = last_layers((9, 9), (9, 9.01), (9.01, 9), (0.1, 0), (-0.09, 0.0436))  # a cosine of -0.9: 2/5 (1 + 0.9) = 0.76

@@ -151,6 +151,16 @@ def test_with_one_cluster_there_is_no_group_and_the_testbed_has_no_floor():
         assert d.tolist() == pytest.approx([1 / 6, 5 / 6, 1, 0])
 
 
+def test_a_silhouette_at_its_bound_is_no_structure():
+    from sklearn.metrics import silhouette_score
+
+    squared = squared_distances(column(0, 0.1, 0.2, 1))
+    assert squared.max() == 1
+    bound = float(silhouette_score(np.sqrt(squared), [0, 0, 0, 1], metric="precomputed"))
+    assert outlying_group(squared, 0.0, PAPER).tolist() == [False, False, False, True]
+    assert not outlying_group(squared, 0.0, replace(PAPER, silhouette=bound)).any()
+
+
 def test_a_split_without_structure_is_no_group():
     W = np.random.default_rng(0).normal(size=(10, 500))  # in 500 dimensions, all distances are about equal
     assert not outlying_group(squared_distances(W), 0.0, PAPER).any()

@@ -11,6 +11,7 @@ from bench import bench
 from madsim import Config, gather
 
 
+@pytest.mark.slow
 def test_floating_point_operations_by_hand(phantom):
     """A multiplication and an addition count as two operations. The images of the first layer need no gradient."""
     clients = gather(Config(), phantom)

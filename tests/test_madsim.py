@@ -18,7 +18,7 @@ from trust import PRESETS
 def test_without_mad_the_attack_hurts_and_with_it_the_attackers_are_gone(phantom):
     """The negative control is FedAvg under attack. The claim is about MAD from round 4. A third run has no attack."""
     attacked, defended, peace = (
-        simulate(Config(rounds=9, **options), dataset=phantom)
+        simulate(Config(rounds=9, threads=2, **options), dataset=phantom)
         for options in ({}, {"mad_start": 4}, {"malicious": 0.0, "mad_start": 1})
     )
     attackers = attacked.summary["malicious"]
@@ -127,9 +127,9 @@ def test_names_tell_what_differs_from_the_defaults():
     assert Config(threads=1, device="cpu", data_root="x").name == "nomad-s0"
 
 
-def test_a_run_is_resumed_in_its_folder():
+def test_a_run_is_resumed_in_its_folder(small):
     with pytest.raises(ValueError, match="resume needs the folder of a run"):
-        simulate(Config(rounds=1, dataset="phantom"), resume=True)
+        simulate(Config(rounds=1), dataset=small, resume=True)
 
 
 def test_malicious_clients_attack_from_their_start_for_a_period_at_a_time():

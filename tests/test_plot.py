@@ -610,6 +610,7 @@ def run_python(code, *arguments):
     return done.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_drawing_imports_neither_torch_nor_our_modules_nor_pyplot(tmp_path):
     make_run(tmp_path / "a", samples=True)
     code = "import sys, plot; assert plot.main(sys.argv[1:]) == 0; print(' '.join(sys.modules))"

@@ -154,7 +154,7 @@ def test_with_one_cluster_there_is_no_group_and_the_testbed_has_no_floor():
 def test_a_silhouette_at_its_bound_is_no_structure():
     from sklearn.metrics import silhouette_score
 
-    squared = squared_distances(column(0, 0.1, 0.2, 1))
+    squared = squared_distances(column(0, 0.125, 0.25, 1))
     assert squared.max() == 1
     bound = float(silhouette_score(np.sqrt(squared), [0, 0, 0, 1], metric="precomputed"))
     assert outlying_group(squared, 0.0, PAPER).tolist() == [False, False, False, True]

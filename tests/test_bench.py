@@ -40,6 +40,7 @@ def test_a_cell_of_the_scale_tells_seconds_and_megabytes(capsys):
     assert 0 < seconds < 60 and 100 < megabytes < 8000
 
 
+@pytest.mark.slow
 def test_the_profile_lists_the_matrix_products(capsys):
     threads = torch.get_num_threads()
     bench.bench_profile(1)

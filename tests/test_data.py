@@ -168,6 +168,7 @@ def fetcher(monkeypatch, program: str, seconds: float = 30) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_download_that_hangs_is_given_up(tmp_path, monkeypatch):
     fetcher(monkeypatch, "import time; time.sleep(60)", seconds=0.5)
     start = time.perf_counter()

@@ -43,6 +43,7 @@ def test_the_jump_is_drawn_in_its_two_parts(tmp_path):
     assert "± one standard deviation" in figure.get_suptitle()
 
 
+@pytest.mark.slow
 def test_runs_with_an_exclusion_have_a_jump_figure(tmp_path, capsys):
     with_jump(tmp_path / "a", -0.4, -0.1)
     make_run(tmp_path / "b", mad_start=None)

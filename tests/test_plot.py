@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas
 import pytest
-from conftest import examples, some
+from conftest import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from matplotlib.colors import to_hex
@@ -435,7 +435,8 @@ def test_run_still_going_is_drawn_as_far_as_it_is(tmp_path, capsys):
     assert output.out.endswith("5 figures, each as PNG and SVG\n")
 
 
-@pytest.mark.parametrize("torn", some(["", "1,0.3"], "1,0.3"))
+@pytest.mark.slow
+@pytest.mark.parametrize("torn", ["", "1,0.3"])
 def test_run_killed_in_its_first_round_is_one_line(tmp_path, capsys, torn):
     folder = make_run(tmp_path / "a", samples=True)
     (folder / "rounds.csv").write_text(",".join(ROUND_COLUMNS) + "\n" + torn)

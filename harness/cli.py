@@ -79,14 +79,14 @@ def add_options(group: Any, of: type) -> None:
         about, kind = f.metadata, (get_args(f.type) or (f.type,))[0]
         values = about.get("choices")
         listed = "{" + ",".join(map(str, values)) + "}" if isinstance(values, tuple) else None  # else see --list
+        value = {"mad_start": "ROUND", "data_root": "DIR"}.get(f.name, {int: "N", float: "X"}.get(kind, "NAME"))
         default = "" if f.default is None else f"default: {f.default}, "
         group.add_argument(
             option(f.name),
             dest=f.name,
             type=start_round if f.name == "mad_start" else kind,
             nargs="+" if f.name == "mad_start" else None,
-            metavar=listed
-            or {"mad_start": "ROUND", "data_root": "DIR"}.get(f.name, {int: "N", float: "X"}.get(kind, "NAME")),
+            metavar=listed or value,
             help=f"{about['help']} [{default}{about['source']}]",
         )
 

@@ -7,9 +7,11 @@ plain twin gives the same results up to rounding. `Clients` are the clients of a
 Shapes: C clients, S steps, B batch, P parameters, n images; ci and co channels in and out, k kernel size.
 """
 
-import warnings
-from collections.abc import Callable, Sequence
-from functools import cache, partial
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,28 @@ ADAM: dict[str, Any] = dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, 
 METHODS = ("stacked", "loop")
 BLOCK = 32  # ours, measured: clients trained at once, which bounds the memory; 8 take 15 % longer, 64 as long
 EVALUATED = (8, 28)  # ours, measured: groups, and images per group, that are evaluated at once
+RECORDINGS = 8  # ours: recordings that are kept, about 20 MB each; a run needs up to four of them at a time
+RECORDER = Lock()  # PyTorch can record in one thread at a time
+
+
+@contextmanager
+def own_modes(threads: int | None = None) -> Iterator[None]:
+    """Inside the block PyTorch has its usual modes, whatever the caller has set, and uses this number of threads.
+
+    The caller's modes and number of threads return afterwards.
+    """
+    before = torch.get_num_threads()
+    with (
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
+        try:
+            torch.set_num_threads(threads or before)
+            yield
+        finally:
+            torch.set_num_threads(before)
 
 
 # ---------------------------------------------------------------- the network of one client
@@ -61,10 +85,18 @@ class Network(nn.Module):
 
 
 def initial_weights(seed: int) -> Tensor:
-    """PyTorch's own initialisation of the network as one row of weights w [P], determined by the seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return nn.utils.parameters_to_vector(Network().parameters()).detach()
+    """PyTorch's own initialisation of the network as one row of weights w [P], determined by the seed.
+
+    The random numbers come from a generator of their own, so other threads and the caller's generator do not matter.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.empty(PARAMETERS, dtype=torch.float32, device="cpu")
+    bound = 0.0
+    for name, part in parts_of(w).items():
+        if name.endswith("weight"):
+            bound = part[0].numel() ** -0.5  # PyTorch draws weights and biases from -bound to bound
+        part.uniform_(-bound, bound, generator=generator)
+    return w
 
 
 # ---------------------------------------------------------------- the fast kernel
@@ -145,16 +177,21 @@ SHAPES = {name: parameter.shape for name, parameter in FAST_NETWORK.named_parame
 PARAMETERS = sum(shape.numel() for shape in SHAPES.values())
 
 
+def parts_of(w: Tensor) -> dict[str, Tensor]:
+    """The network's parameters by their names, as views of the weights w [P]."""
+    parts = w.split([shape.numel() for shape in SHAPES.values()])
+    return {name: part.view(SHAPES[name]) for name, part in zip(SHAPES, parts)}
+
+
 def logits_of(w: Tensor, images: Tensor, keep: Tensor | None = None) -> Tensor:
     """Logits [B, 2] of the fast network with weights w [P]; see `Network`."""
-    parts = w.split([shape.numel() for shape in SHAPES.values()])
-    parameters = {name: part.view(SHAPES[name]) for name, part in zip(SHAPES, parts)}
-    return functional_call(FAST_NETWORK, parameters, (images, keep))
+    return functional_call(FAST_NETWORK, parts_of(w), (images, keep))
 
 
 # ---------------------------------------------------------------- local training
 
 
+@own_modes()
 def train_clients(
     w: Tensor,
     images: Tensor,
@@ -233,16 +270,25 @@ def batch_losses(
 def record(function: Callable, *arguments: Tensor) -> Callable:
     """Record the operations that the function runs for arguments of these shapes; every step replays them.
 
-    vmap and autograd walk through the network in Python, which takes longer than the arithmetic. PyTorch marks
-    torch.jit as deprecated, but without it the recording would be about 20 % slower.
+    vmap and autograd walk through the network in Python, which takes longer than the arithmetic. Without TorchScript
+    the recording would be about 20 % slower. This is what torch.jit.trace does, but PyTorch would keep its result for
+    ever: 10 to 20 MB for each size.
+
+    A new thread does the work: Ctrl-C does not reach it, and the caller's modes of PyTorch, such as autocast, do not
+    apply in it. An interrupted recording would leave PyTorch's own state behind half changed.
     """
-    operations = make_fx(function)(*arguments)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        return torch.jit.trace(operations, arguments, check_trace=False)
+
+    def trace() -> Callable:
+        with RECORDER, torch.no_grad():
+            operations = make_fx(function)(*arguments)
+            graph, _ = torch._C._create_graph_by_tracing(operations, arguments, lambda value: "", True, False, None, [])
+            return torch._C._create_function_from_graph("recorded", graph)
+
+    with ThreadPoolExecutor(1) as thread:  # leaving the block waits for the thread, also after Ctrl-C
+        return thread.submit(trace).result()
 
 
-@cache
+@lru_cache(RECORDINGS)
 def recorded_gradients(clients: int, batch: int, device: torch.device, dtype: torch.dtype) -> Callable:
     """The recorded function from the arguments of `batch_losses` to gradients [C, P] and losses [C], for one size."""
     new = partial(torch.zeros, device=device, dtype=dtype)
@@ -259,7 +305,7 @@ def train_stacked(
 
     The loop over steps never waits for the device: the data that it needs are sent there before.
     """
-    torch.empty(8_000_000)  # freeing 32 MB once makes glibc keep freed memory
+    w.new_empty(8_000_000)  # freeing 32 MB once makes glibc keep freed memory
     sizes = (numbers >= 0).sum(2)  # [C, S]
     widths, last = sizes.max(0), (sizes > 0).sum(1) - 1  # [S], [C]
     picks = torch.from_numpy(numbers.clip(0)).to(w.device)  # [C, S, B]
@@ -269,7 +315,8 @@ def train_stacked(
 
     W = w.expand(len(numbers), -1).clone()  # [C, P]
     # The moments and the step count of Adam
-    mean, square, count = torch.zeros_like(W), torch.zeros_like(W), torch.zeros((), device=w.device)
+    mean, square = torch.zeros_like(W), torch.zeros_like(W)
+    count = torch.zeros((), dtype=torch.float32, device=w.device)
     trained, losses = torch.empty_like(W), []
     for s, B in enumerate(widths.tolist()):
         gradients = recorded_gradients(len(W), B, W.device, W.dtype)
@@ -306,7 +353,7 @@ def train_loop(
 # ---------------------------------------------------------------- evaluation
 
 
-@cache
+@lru_cache(RECORDINGS)
 def recorded_logits(device: torch.device, dtype: torch.dtype) -> Callable:
     """The recorded function from w [P] and the images [G, B, 1, 28, 28] of G groups to logits, without dropout.
 
@@ -323,6 +370,7 @@ def lay_out(images: Tensor) -> Tensor:
     return batch_innermost(torch.cat([images, blanks]).view(-1, *EVALUATED, *images.shape[1:]))
 
 
+@own_modes()
 @torch.no_grad()
 def predict(w: Tensor, images: Tensor) -> Tensor:
     """Logits [K * G * B, 2] of weights w [P] on images from `lay_out`. Those after the n-th belong to blank images."""
@@ -375,6 +423,7 @@ class Clients:
     of `train_clients`. Raises ValueError for the device cuda on a machine without one.
     """
 
+    @own_modes()
     def __init__(
         self,
         train: tuple[np.ndarray, np.ndarray, np.ndarray],
@@ -391,9 +440,7 @@ class Clients:
         self.shares, self.seed, self.training = shares, seed, training
         self.attacking, self.submit = attacking, submit
         self.device = pick_device(device)
-        if threads:
-            torch.set_num_threads(threads)
-        self.threads = torch.get_num_threads()
+        self.threads = threads or torch.get_num_threads()
         self.malicious = np.array([share.malicious for share in shares])  # [C]
         self.sizes = np.array([len(share.train) for share in shares])  # [C]
         images, true, attacked = train
@@ -418,7 +465,8 @@ class Clients:
         who = np.flatnonzero(asked).tolist()
         rngs = [np.random.default_rng([self.seed, t, client, 1]) for client in who]
         members = [self.shares[client].train for client in who]
-        W, loss = train_clients(self.send(w), self.images, self.labels_in(t), members, rngs, **self.training)
+        with own_modes(self.threads):
+            W, loss = train_clients(self.send(w), self.images, self.labels_in(t), members, rngs, **self.training)
         losses = np.full(len(asked), np.nan)
         losses[who] = loss.cpu().numpy()
         return W, losses
@@ -428,16 +476,18 @@ class Clients:
         bad = self.malicious[asked]
         if bad.any() and self.attacking(t):
             rng = np.random.default_rng([self.seed, t, 2])
-            W[bad] = self.submit(W[bad], self.send(w), W[~bad], rng)
+            with own_modes(self.threads):
+                W[bad] = self.submit(W[bad], self.send(w), W[~bad], rng)
         submitted = np.full((len(asked), W.shape[1]), np.nan, np.float32)
         submitted[asked] = W.cpu().numpy()
         return submitted
 
     def evaluate(self, w: np.ndarray, t: int) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
         """Loss [C] and accuracy [C] on the clients' own validation data in round t, and the metrics on the test set."""
-        logits, n = predict(self.send(w), self.evaluated), len(self.test_labels)
-        test, own = logits[:n], logits[n : n + len(self.own)]
-        return *metrics_by_client(own, self.labels_in(t)[self.own], self.owner), metrics(test, self.test_labels)
+        with own_modes(self.threads):
+            logits, n = predict(self.send(w), self.evaluated), len(self.test_labels)
+            test, own = logits[:n], logits[n : n + len(self.own)]
+            return *metrics_by_client(own, self.labels_in(t)[self.own], self.owner), metrics(test, self.test_labels)
 
     def labels_in(self, t: int) -> Tensor:
         """The labels [n] that the clients see in round t."""
@@ -449,7 +499,15 @@ class Clients:
 
 
 def pick_device(name: str) -> torch.device:
-    """The torch device named by `--device`. Raises ValueError for cuda on a machine without a CUDA device."""
+    """The torch device named by `--device`. Raises ValueError for cuda on a machine without a CUDA device.
+
+    Raises it too if the caller has lowered the precision of matrix products, which holds for the whole process.
+    """
+    if (precision := torch.get_float32_matmul_precision()) != "highest":
+        raise ValueError(
+            f"PyTorch's float32 matmul precision is {precision!r}, which changes the results; "
+            f"first call torch.set_float32_matmul_precision('highest')"
+        )
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda: this machine has 0 usable CUDA devices; use --device cpu or auto")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

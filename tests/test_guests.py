@@ -1,0 +1,173 @@
+"""Tests of `simulate` inside other programs: threads, interruptions, and what the program has set in PyTorch."""
+
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import some
+
+import model
+from madsim import Config, Result, simulate
+
+SHORT = Config(rounds=2, mad_start=2, clients=4, threads=1, malicious=0.25, attack="hug")
+
+
+@pytest.fixture
+def unrecorded():
+    """Nothing is recorded, as in a new process."""
+    model.recorded_gradients.cache_clear()
+    model.recorded_logits.cache_clear()
+
+
+def assert_equal(one: Result, other: Result) -> None:
+    assert one.rounds.equals(other.rounds) and one.clients.equals(other.clients)
+    assert np.array_equal(one.weights, other.weights)
+
+
+# ---------------------------------------------------------------- threads
+
+
+@pytest.mark.slow
+def test_several_threads_give_what_one_gives(small, unrecorded):
+    """The runs have different sizes and methods, so the threads also record at the same time."""
+    configs = [replace(SHORT, seed=seed, clients=3 + seed % 2, malicious=0.3) for seed in range(4)]
+    configs.append(replace(SHORT, method="loop"))
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(lambda config: simulate(config, dataset=small), configs))
+    for config, result in zip(configs, together):
+        assert_equal(simulate(config, dataset=small), result)
+
+
+def test_initial_weights_are_pytorchs_own_in_every_thread():
+    """The reference draws from PyTorch's global generator, in one thread."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        expected = torch.nn.utils.parameters_to_vector(model.Network().parameters()).detach()
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(model.initial_weights, [7, 8] * 20))
+    assert all(torch.equal(w, expected) for w in found[::2])
+    assert not any(torch.equal(w, expected) for w in found[1::2])
+
+
+# ---------------------------------------------------------------- interruptions
+
+
+@pytest.mark.slow
+def test_an_interruption_while_pytorch_records_leaves_nothing_half_done(small, monkeypatch, unrecorded):
+    """Ctrl-C comes in the middle of the recording, once in each of its two parts. The next run is right."""
+    right = simulate(SHORT, dataset=small)
+    for part in ("make_fx", "functional_call"):
+        model.recorded_gradients.cache_clear()
+        model.recorded_logits.cache_clear()
+        plain = getattr(model, part)
+
+        def interrupted(*arguments, plain=plain, part=part):
+            monkeypatch.setattr(model, part, plain)
+            os.kill(os.getpid(), signal.SIGINT)
+            return plain(*arguments)
+
+        monkeypatch.setattr(model, part, interrupted)
+        stopped = simulate(SHORT, dataset=small)
+        assert not stopped.summary["complete"] and len(stopped.rounds) < 2
+        assert_equal(simulate(SHORT, dataset=small), right)
+
+
+def test_a_recording_that_fails_is_not_kept(small, monkeypatch, unrecorded):
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "make_fx", lambda function: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            simulate(SHORT, dataset=small)
+    assert simulate(SHORT, dataset=small).summary["complete"]
+
+
+# ---------------------------------------------------------------- what the program has set
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype):
+    torch.set_default_dtype(dtype)
+    yield
+    assert torch.get_default_dtype() == dtype
+    torch.set_default_dtype(torch.float32)
+
+
+@contextmanager
+def default_device(device: str):
+    torch.set_default_device(device)
+    yield
+    assert torch.get_default_device().type == device
+    torch.set_default_device(None)
+
+
+SET = {
+    "float64": lambda: default_dtype(torch.float64),
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "inference": torch.inference_mode,
+    "no gradients": torch.no_grad,
+    "device": lambda: default_device("meta"),
+    "device in a block": lambda: torch.device("meta"),
+}
+
+
+@pytest.mark.parametrize("method", some(model.METHODS, "stacked"))
+@pytest.mark.parametrize("setting", some(SET, "float64", "autocast"))
+def test_what_the_caller_has_set_in_pytorch_changes_no_number(setting, method, small):
+    config = replace(SHORT, rounds=1, mad_start=1, method=method)
+    right = simulate(config, dataset=small)
+    with SET[setting]():
+        assert_equal(simulate(config, dataset=small), right)
+        model.recorded_gradients.cache_clear()  # a recording that is made in this mode is right, too
+        model.recorded_logits.cache_clear()
+        assert_equal(simulate(config, dataset=small), right)
+
+
+def test_autocast_would_change_the_numbers():
+    """The negative control: the same product in bfloat16."""
+    x = torch.full((4, 4), 1 / 3)
+    right = x @ x
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not torch.equal((x @ x).float(), right)
+
+
+def test_a_run_leaves_the_number_of_threads_and_the_signals_as_they_were(small):
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    torch.set_num_threads(2)
+    simulate(replace(SHORT, rounds=1, mad_start=1, threads=1), dataset=small)
+    assert torch.get_num_threads() == 2
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_a_lower_precision_of_products_is_refused(small):
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with pytest.raises(ValueError, match="set_float32_matmul_precision"):
+            simulate(SHORT, dataset=small)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_recordings_of_many_sizes_are_not_all_kept():
+    assert model.recorded_gradients.cache_info().maxsize == model.recorded_logits.cache_info().maxsize == 8
+
+
+@pytest.mark.slow
+def test_runs_of_many_sizes_take_no_more_and_more_memory(small):
+    """After 12 sizes the memory has its level: 12 further sizes add less than 60 MB. If all
+    recordings were kept, they would add 120 MB."""
+
+    def megabytes() -> float:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+    if not os.path.exists("/proc/self/statm"):
+        pytest.skip("the system does not tell the memory of a process in /proc")
+    used = []
+    for clients in [*range(3, 15), *range(3, 15)]:
+        simulate(Config(rounds=1, clients=clients, batch_size=20 + len(used)), dataset=small)
+        used.append(megabytes())
+    assert used[-1] - used[11] < 60

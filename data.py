@@ -258,17 +258,18 @@ def share_out(
     poison: Callable[[Labels, float, np.random.Generator], Labels] | None = flip_labels,
     flip: float = 1.0,
     partition: Callable[[Labels, int, float, np.random.Generator], list[Numbers]] | None = None,
-    alpha: float = 0.5,
+    concentration: float = 0.5,
 ) -> tuple[list[Share], Labels]:
     """Deal the training images to the clients and let the malicious clients attack their labels.
 
     `malicious` is the fraction of malicious clients. `poison(labels, flip, rng)` gives the labels that each of
-    them sees on its whole share, also for validation (None: the true ones). `partition(labels, clients, alpha, rng)`
-    deals the images (None: `partition_iid`). Returns one Share per client, and the labels [n] as the clients see them.
-    The split depends on the seed, not on the attack. Raises ValueError if the malicious clients are not a minority.
+    them sees on its whole share, also for validation (None: the true ones). `partition(labels, clients, concentration,
+    rng)` deals the images (None: `partition_iid`). Returns one Share per client, and the labels [n] as the clients see
+    them. The split depends on the seed, not on the attack. Raises ValueError if the malicious clients are not a
+    minority.
     """
     rng = np.random.default_rng([seed, 0])
-    parts = partition(labels, clients, alpha, rng) if partition else partition_iid(len(labels), clients, rng)
+    parts = partition(labels, clients, concentration, rng) if partition else partition_iid(len(labels), clients, rng)
     bad = set(rng.permutation(clients)[: malicious_count(clients, malicious)].tolist())
     seen = labels.copy()
     shares = []

@@ -23,18 +23,14 @@ Rule = Callable[[Array, Array, int], Array]  # rule(W [n, P], weights [n], f) ->
 
 
 def setting(default: Any, text: str, source: str, **limits: Any) -> Any:
-    """A dataclass field with its help text and the source of its default.
-
-    `limits` are `low`, `high` or `choices`, and `option`, its name on the command line if that differs.
-    """
+    """A dataclass field with its help text, the source of its default, and its `limits`: `low`, `high` or `choices`."""
     return field(default=default, metadata={"help": text, "source": source, **limits})
 
 
 def check_limits(settings: Any) -> None:
     """Raise ValueError for the first field of the dataclass that has another type or lies outside its limits."""
     for f in fields(settings):
-        value, limits = getattr(settings, f.name), f.metadata
-        name = f"{f.name} (--{limits['option']})" if "option" in limits else f.name
+        name, value, limits = f.name, getattr(settings, f.name), f.metadata
         kinds = get_args(f.type) or (f.type,)
         if not isinstance(value, tuple({int: Integral, float: Real}.get(kind, kind) for kind in kinds)):
             raise ValueError(f"{name} {value!r} must be of type {' or '.join(kind.__name__ for kind in kinds)}")
@@ -67,9 +63,7 @@ class Settings:
         "ours",
         choices=("ungrouped", "always"),
     )
-    alpha: float = setting(
-        0.5, "reputation rises from this d on, eq. (2)", "paper", low=0, high=1, option="alpha-reputation"
-    )
+    alpha: float = setting(0.5, "reputation rises from this d on, eq. (2)", "paper", low=0, high=1)
     beta_reputation: float = setting(0.75, "smoothing of reputation, eq. (4)", "paper", low=0, high=1)
     beta_trust: float = setting(0.85, "smoothing of trust, eq. (6)", "paper", low=0, high=1)
     threshold: float = setting(0.15, "trust below which a client is excluded", "testbed", low=0, high=1)

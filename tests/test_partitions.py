@@ -9,9 +9,9 @@ from lab.partitions import PARTITIONS, dirichlet, quantity
 
 
 @given(st.integers(1, 12), st.floats(1e-3, 100), st.integers(0, 10**6), st.sampled_from(["dirichlet", "quantity"]))
-def test_the_other_partitions_deal_everything_once_and_leave_nobody_empty(clients, alpha, seed, partition):
+def test_the_other_partitions_deal_everything_once_and_leave_nobody_empty(clients, concentration, seed, partition):
     rng, labels = np.random.default_rng(seed), np.arange(60) % 3 // 2
-    parts = PARTITIONS[partition](labels, clients, alpha, rng)
+    parts = PARTITIONS[partition](labels, clients, concentration, rng)
     assert len(parts) == clients and min(map(len, parts)) >= 2
     assert sorted(np.concatenate(parts)) == list(range(60))
 
@@ -19,7 +19,7 @@ def test_the_other_partitions_deal_everything_once_and_leave_nobody_empty(client
 def test_what_the_partitions_make_unequal():
     """`dirichlet` makes the shares of pneumonia differ, `quantity` only the sizes.
 
-    With a large alpha, neither differs.
+    With a large concentration, neither differs.
     """
     labels = (np.arange(4000) % 4 > 0).astype(int)  # three quarters have pneumonia
 

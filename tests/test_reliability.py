@@ -1040,7 +1040,7 @@ def test_every_command_line_is_understood_or_refused_in_one_line(capsys, words):
         runs_or_is_refused(lambda: cli.plan(vars(PARSER.parse_args(words))), capsys)
 
 
-SMALL = ("--malicious", "--attack", "--flip", "--lr", "--method", "--batch-size", "--seed", "--alpha-reputation",
+SMALL = ("--malicious", "--attack", "--flip", "--lr", "--method", "--batch-size", "--seed", "--alpha",
          "--clusters", "--silhouette", "--outlying", "--scale-floor", "--threshold", "--preset", "--excluded",
          "--beta-trust", "--beta-reputation", "--equation2", "--order", "--decision", "--first", "--nobody-left",
          "--mad-start")  # fmt: skip

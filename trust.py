@@ -8,6 +8,7 @@ Shapes: C clients, n scored clients, P parameters, t round (the first is 1).
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from math import frexp
 from numbers import Integral, Real
 from sys import float_info
 from typing import Any, get_args
@@ -16,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 LLOYD_STEPS = 300  # the most steps, as in scikit-learn
+LARGEST = 1e145  # ours: of a scaled weight. The squares of a million such weights have a finite sum.
+SMALLER = 2.0**-64  # ours: a sum of weights that overflows is taken of weights so much smaller
 
 Array = NDArray[np.floating]
 Mask = NDArray[np.bool_]
@@ -114,7 +117,7 @@ class State:
 
     round: int  # the last scored round; 0 before the first
     spread: float  # largest median distance of any round so far; 0 before the first round
-    distance: Array  # from the centre of the main cluster, in units of the weights
+    distance: Array  # from the centre of the main cluster, in units of the weights; cut off as in `scaled`
     d: Array  # 1 central, 0 far
     reputation: Array  # R, in [0, 1]
     trust: Array  # in [0, 1]
@@ -131,20 +134,43 @@ def initial_state(clients: int) -> State:
 # ---------------------------------------------------------------- d: the normalised distance
 
 
-def squared_distances(W: Array) -> Array:
-    """Squared Euclidean distances [n, n] between the rows of W [n, P], computed from their Gram matrix.
+def scaled(W: Array) -> tuple[Array, float]:
+    """W [n, P] in a unit in which no square of a weight overflows or vanishes, and this unit.
 
-    The row of median norm is subtracted from all rows first. Otherwise one submission of 1e30 would round away the
-    differences between the others.
+    The unit is 1 for usual weights. They are returned as they are, in single or double precision. Otherwise the unit is
+    a power of two, so nothing is rounded. It is near the largest weight of the median row, and weights above `LARGEST`
+    units are cut off: a hostile row can't take the precision of the others.
     """
-    W = W.astype(np.float64)
+    W = W if W.dtype == np.float32 else np.asarray(W, np.float64)
+    sizes, kind = np.maximum(W.max(1), -W.min(1)), np.finfo(W.dtype)  # [n]
+    if ((sizes == 0) | ((sizes > kind.tiny**0.4) & (sizes < kind.max**0.4))).all():
+        return W, 1.0
+    sizes = np.sort(sizes)
+    _, exponent = frexp(sizes[len(sizes) // 2] or sizes[-1])
+    unit = max(2.0 ** (exponent - 1), float_info.min)
+    return np.clip(W.astype(np.float64), -LARGEST * unit, LARGEST * unit) / unit, unit
+
+
+def unscaled(values: Any, unit: float) -> Any:
+    """Values in units of the weights again, at most the largest float64."""
+    most = float_info.max / unit
+    return np.clip(values, -most, most) * unit
+
+
+def squared_distances(W: Array) -> tuple[Array, float]:
+    """Squared Euclidean distances [n, n] between the rows of W [n, P], and the unit of the distances; see `scaled`.
+
+    They are computed from the rows' Gram matrix. The row of median norm is subtracted from all rows first. Otherwise
+    one submission of 1e30 would round away the differences between the others.
+    """
+    W, unit = scaled(W.astype(np.float64))
     norms = np.einsum("np,np->n", W, W)
     W -= W[np.argsort(norms, kind="stable")[len(W) // 2]].copy()
     gram = W @ W.T  # [n, n]
     squares = np.diag(gram)
     distances = np.maximum(squares[:, None] + squares - 2 * gram, 0)
     np.fill_diagonal(distances, 0)
-    return distances
+    return distances, unit
 
 
 def centre_distances(squared: Array, members: Mask) -> Array:
@@ -221,15 +247,16 @@ def normalised_distance(W: Array, spread: float, settings: Settings) -> tuple[Ar
     (or always, see `settings.floored`), hi is at least `settings.scale_floor` spreads: if all clients lie close
     together, none of them counts as far. hi = lo gives d = 1. Ours: the paper says "normalized Euclidean distance".
     """
-    squared = squared_distances(W)
-    counted, main = main_cluster(W, squared, spread, settings)
+    squared, unit = squared_distances(W)
+    usual = float(unscaled(spread, 1 / unit))
+    counted, main = main_cluster(W, squared, usual, settings)
     distance = centre_distances(squared, main)
-    spread = max(spread, float(np.median(distance[counted])))
+    middle = float(np.median(distance[counted]))
     lo, hi = distance.min(), distance.max()
     if (main == counted).all() or settings.floored == "always":
-        hi = max(hi, settings.scale_floor * spread)
+        hi = max(hi, settings.scale_floor * max(usual, middle))
     d = 1 - (distance - lo) / (hi - lo) if hi > lo else np.ones(len(W))
-    return distance, d, spread
+    return unscaled(distance, unit), d, max(spread, float(unscaled(middle, unit)))
 
 
 # ---------------------------------------------------------------- equations (1)-(7)
@@ -316,7 +343,18 @@ def mean(W: Array, weights: Array, f: int) -> Array:
 
     W [n, P] are the models and `weights` [n] the numbers of training images. f is not used.
     """
-    return np.average(W, axis=0, weights=weights)
+    return without_overflow(lambda W: np.average(W, axis=0, weights=weights), W)
+
+
+def without_overflow(average: Callable[[Array], Array], W: Array) -> Array:
+    """An average [P] of the rows of W [n, P], also where the rows' sum is too large for a number."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        w = average(W)
+        lost = ~np.isfinite(w)
+        if lost.any():
+            most = np.finfo(w.dtype).max  # rounding can lift an average of such numbers above it
+            w[lost] = np.clip(average(W[:, lost].astype(np.float64) * SMALLER) / SMALLER, -most, most)
+    return w
 
 
 def check_clients(rule: Rule, clients: int, f: int) -> None:
@@ -329,7 +367,7 @@ def check_clients(rule: Rule, clients: int, f: int) -> None:
 def aggregate(
     W: Array, weights: Array, active: Mask, rule: Rule = mean, f: int = 0, before: Array | None = None
 ) -> Array:
-    """The next global weights w [P]: the `rule` applied to the active rows of W [C, P], in W's precision.
+    """The next global weights w [P]: the `rule` applied to the active rows of W [C, P], in W's precision if it has one.
 
     `weights` [C] are the numbers of training images. `f` is the number of malicious clients among the C. Every excluded
     client counts as one of them, so the rule must withstand that many fewer. A rule with the mark `on_changes` works on
@@ -337,8 +375,14 @@ def aggregate(
     """
     f = max(0, f - int((~active).sum()))
     check_clients(rule, int(active.sum()), f)
+    kind = W.dtype if W.dtype.kind == "f" else np.dtype(np.float64)
+    most = np.finfo(kind).max
     if not getattr(rule, "on_changes", False):
-        return rule(W[active], weights[active], f).astype(W.dtype)
+        return np.clip(rule(W[active], weights[active], f), -most, most).astype(kind)
     if before is None:
         raise ValueError(f"{rule.__name__} works on changes: it needs the last global weights `before`")
-    return (before + rule(W[active] - before, weights[active], f)).astype(W.dtype)
+    with np.errstate(over="ignore"):
+        near = np.isfinite(W[active] - before).all()
+        part = 1.0 if near else 0.25  # a change from -3e38 to 3e38 is too large for a float32
+        w = (before * part + rule(W[active] * part - before * part, weights[active], f)) / part
+    return np.clip(w, -most, most).astype(kind)

@@ -37,9 +37,10 @@ VALIDATION = 0.1  # testbed: a client keeps 10 % of its images for validation
 class Dataset:
     """Images uint8 [n, 28, 28] and labels int64 [n] (0 normal, 1 pneumonia) of the training and the test split.
 
-    `name` names the data set. `md5` is the MD5 of its file, or of the phantom's arrays. `note` says why the phantom
-    replaces PneumoniaMNIST; it is empty otherwise. Raises ValueError for arrays of another shape or type, and for
-    labels other than 0 and 1.
+    Whole numbers in another form, such as lists, pandas Series or labels [n, 1], are converted to these arrays. `name`
+    names the data set. `md5` is the MD5 of its file, or of the phantom's arrays. `note` says why the phantom replaces
+    PneumoniaMNIST; it is empty otherwise. Raises ValueError for another shape or type, for images outside 0 to 255, and
+    for labels other than 0 and 1.
     """
 
     train_images: Images
@@ -52,18 +53,28 @@ class Dataset:
 
     def __post_init__(self):
         for split in ("train", "test"):
-            images, labels = getattr(self, f"{split}_images"), getattr(self, f"{split}_labels")
-            for name, array, kind, shape in (
-                ("images", images, np.uint8, (len(labels), 28, 28)),
-                ("labels", labels, np.int64, (len(images),)),
+            images, labels = (as_array(getattr(self, name), name) for name in (f"{split}_images", f"{split}_labels"))
+            if labels.shape == (len(images), 1):
+                labels = labels[:, 0]
+            for name, array, kind, kinds, shape, most in (
+                (f"{split}_images", images, np.uint8, "iu", (len(labels), 28, 28), 255),
+                (f"{split}_labels", labels, np.int64, "iub", (len(images),), 1),
             ):
-                if array.dtype != kind or array.shape != shape or not len(array):
+                if array.dtype.kind not in kinds or array.shape != shape or not len(array):
                     found = f"{array.dtype} {list(array.shape)}"
-                    raise ValueError(
-                        f"{split}_{name} are {found}; they must be {kind.__name__} {list(shape)}, not empty"
-                    )
-            if not np.isin(labels, (0, 1)).all():
-                raise ValueError(f"{split}_labels lie in {labels.min()} to {labels.max()}; they must be 0 or 1")
+                    raise ValueError(f"{name} are {found}; they must be {kind.__name__} {list(shape)}, not empty")
+                if array.min() < 0 or array.max() > most:
+                    allowed = f"0 {'or' if most == 1 else 'to'} {most}"
+                    raise ValueError(f"{name} lie in {array.min()} to {array.max()}; they must be {allowed}")
+                object.__setattr__(self, name, np.ascontiguousarray(array, kind))
+
+
+def as_array(values: Any, name: str) -> np.ndarray:
+    """The values as an array with at least one dimension. Raises ValueError for rows of different lengths."""
+    try:
+        return np.atleast_1d(np.asarray(values))
+    except ValueError:
+        raise ValueError(f"{name} are no array: their rows differ in length") from None
 
 
 # ---------------------------------------------------------------- the two data sets

@@ -6,10 +6,12 @@ The order is the paper's. A client's distance from the main cluster gives d. d g
 Shapes: C clients, n scored clients, P parameters, t round (the first is 1).
 """
 
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from math import frexp
 from numbers import Integral, Real
+from os import PathLike, fspath
 from sys import float_info
 from typing import Any, get_args
 
@@ -21,6 +23,7 @@ LARGEST = 1e145  # ours: of a scaled weight. The squares of a million such weigh
 SMALLER = 2.0**-64  # ours: a sum of weights that overflows is taken of weights so much smaller
 
 Array = NDArray[np.floating]
+TAKEN: dict[Any, Any] = {int: Integral, float: Real, str: (str, PathLike)}  # what a setting's type includes
 Mask = NDArray[np.bool_]
 Rule = Callable[[Array, Array, int], Array]  # rule(W [n, P], weights [n], f) -> w [P]; see lab/rules.py
 
@@ -30,13 +33,29 @@ def setting(default: Any, text: str, source: str, **limits: Any) -> Any:
     return field(default=default, metadata={"help": text, "source": source, **limits})
 
 
+def own_type(name: str, value: Any, kinds: tuple[Any, ...]) -> Any:
+    """The value as one of the `kinds`: numbers of numpy become Python's own, and paths become strings.
+
+    So equal settings are written alike. Raises ValueError for a value of another type.
+    """
+    if getattr(value, "ndim", None) == 0:  # a number of numpy or torch, or an array of one
+        value = value.item()
+    kind = next((kind for kind in kinds if isinstance(value, TAKEN.get(kind, kind))), None)
+    if kind is None or isinstance(value, bool):
+        shown = " ".join(reprlib.repr(value).split())
+        raise ValueError(f"{name} {shown} must be of type {' or '.join(kind.__name__ for kind in kinds)}")
+    try:
+        return fspath(value) if kind is str else kind(value) if kind in TAKEN else value
+    except OverflowError:
+        raise ValueError(f"{name} {value} must be finite") from None
+
+
 def check_limits(settings: Any) -> None:
-    """Raise ValueError for the first field of the dataclass that has another type or lies outside its limits."""
+    """Give the fields of the dataclass their own types. Raise ValueError for a value outside its type or limits."""
     for f in fields(settings):
-        name, value, limits = f.name, getattr(settings, f.name), f.metadata
-        kinds = get_args(f.type) or (f.type,)
-        if not isinstance(value, tuple({int: Integral, float: Real}.get(kind, kind) for kind in kinds)):
-            raise ValueError(f"{name} {value!r} must be of type {' or '.join(kind.__name__ for kind in kinds)}")
+        name, limits = f.name, f.metadata
+        value = own_type(name, getattr(settings, name), get_args(f.type) or (f.type,))
+        object.__setattr__(settings, name, value)
         if "choices" in limits and value not in limits["choices"]:
             raise ValueError(f"{name} {value!r} is unknown; known: {', '.join(map(str, limits['choices']))}")
         high = limits.get("high", float_info.max)

@@ -10,6 +10,7 @@ import numpy as np
 
 from data import Labels, Numbers, partition_iid
 
+EQUAL = 1e300  # ours: a larger concentration changes nothing, and the sum of its draws may overflow
 Partition = Callable[[Labels, int, float, np.random.Generator], list[Numbers]]
 
 
@@ -23,13 +24,15 @@ def dirichlet(labels: Labels, clients: int, concentration: float, rng: np.random
 
     Each label's images are dealt in proportions drawn from a symmetric Dirichlet distribution. The smaller
     `concentration` > 0, the more the clients differ. Ours: every client gets two images first, one to train and one to
-    validate on.
+    validate on. Raises ValueError for a concentration that is not above 0.
     """
+    if not concentration > 0:
+        raise ValueError(f"concentration {concentration} must be above 0")
     first = partition_iid(len(labels), clients, rng)
     parts, left = [part[:2] for part in first], np.concatenate([part[2:] for part in first])
     for label in np.unique(labels):
         images = left[labels[left] == label]
-        ends = np.cumsum(rng.dirichlet(np.full(clients, concentration))) * len(images)
+        ends = np.cumsum(rng.dirichlet(np.full(clients, min(concentration, EQUAL)))) * len(images)
         dealt = np.split(images, np.round(ends[:-1]).astype(int))
         parts = [np.concatenate([part, more]) for part, more in zip(parts, dealt)]
     return [rng.permutation(part) for part in parts]

@@ -1,14 +1,18 @@
 """Tests of data.py: the data sets, the split, the label attack, the PNG files."""
 
 import time
+import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 import data
+from madsim import Config, simulate
 
 
 @given(st.integers(2, 400), st.data())
@@ -113,6 +117,49 @@ def test_logistic_regression_is_no_match_for_the_phantom(phantom):
     flat = [images.reshape(len(images), -1) for images in (phantom.train_images, phantom.test_images)]
     linear = make_pipeline(StandardScaler(), LogisticRegression(C=1e-3, max_iter=500))
     assert linear.fit(flat[0], phantom.train_labels).score(flat[1], phantom.test_labels) < 0.90
+
+
+# ---------------------------------------------------------------- a data set of one's own
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (60, 28, 28), np.uint8)
+TRUTH = np.arange(60) % 3 // 2
+
+
+def frozen(array: np.ndarray) -> np.ndarray:
+    array = array.copy()
+    array.flags.writeable = False
+    return array
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda array: array.tolist(),
+        lambda array: [*array],
+        frozen,
+        np.asfortranarray,
+        lambda array: array[::-1].copy()[::-1],  # negative strides
+        lambda array: np.repeat(array, 2, axis=0)[::2],  # not contiguous
+        lambda array: array.astype(np.int16),
+        lambda array: array.astype(">u4"),
+        torch.from_numpy,
+        lambda array: array if array.ndim == 3 else array[:, None],  # labels [n, 1], as medmnist has them
+        lambda array: array if array.ndim == 3 else array == 1,
+        lambda array: array if array.ndim == 3 else pd.Series(array, index=-np.arange(len(array))),
+        lambda array: array if array.ndim == 3 else pd.DataFrame({"label": array}),
+    ],
+)
+def test_other_forms_of_a_data_set_give_the_same_run(form):
+    """The arrays are those that the class promises, and a run with them gives the same numbers without a warning."""
+    plain = (IMAGES, TRUTH, IMAGES[:20], TRUTH[:20])
+    own = data.Dataset(*map(form, plain), name="own", md5="")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = simulate(Config(rounds=1, clients=3, malicious=0.4), dataset=own)
+    for array, expected in zip((own.train_images, own.train_labels, own.test_images, own.test_labels), plain):
+        assert array.dtype == expected.dtype and array.flags.c_contiguous and (array == expected).all()
+    expected = simulate(Config(rounds=1, clients=3, malicious=0.4), dataset=data.Dataset(*plain, name="own", md5=""))
+    pd.testing.assert_frame_equal(found.clients, expected.clients)
 
 
 # ---------------------------------------------------------------- PneumoniaMNIST

@@ -1,15 +1,21 @@
 """Tests of trust.py: the paper's equations, worked out by hand, and hostile submissions."""
 
+import json
+import pickle
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import trust
+from madsim import Config
 from trust import (
     PRESETS,
     Settings,
@@ -569,6 +575,49 @@ def test_the_ends_of_a_range_belong_to_it(field, low, high):
     for value in (low - 0.01, high + 0.01):
         with pytest.raises(ValueError, match=rf"{field}.* {value} must be at least {low} and at most {high}"):
             replace(PAPER, **{field: value})
+
+
+@pytest.mark.parametrize("number", [np.int64(5), np.uint8(5), np.array(5), torch.tensor(5)])
+def test_numbers_of_numpy_become_pythons_own(number):
+    config = Config(rounds=number, mad_start=number, seed=number, lr=number / 4, malicious=np.float32(0.25))
+    assert config == Config(rounds=5, mad_start=5, seed=5, lr=1.25, malicious=0.25)
+    assert [type(value) for value in (config.rounds, config.mad_start, config.lr)] == [int, int, float]
+    assert json.loads(json.dumps(asdict(config)))["rounds"] == 5
+    assert config.name == "mad5-rounds5-malicious0.25-lr1.25-s5"
+
+
+def test_settings_have_their_own_types_whatever_is_given():
+    settings = Settings(clusters=np.int64(1), threshold=np.float64(0.25), alpha=1, order=np.str_("smooth-clip"))
+    own = (settings.clusters, settings.threshold, settings.alpha, settings.order)
+    assert own == (1, 0.25, 1.0, "smooth-clip") and [*map(type, own)] == [int, float, float, str]
+    assert pickle.dumps(settings) == pickle.dumps(Settings(clusters=1, threshold=0.25, alpha=1.0, order="smooth-clip"))
+    assert type(Config(data_root=Path("images")).data_root) is str
+    assert Config(concentration=10**8, partition="dirichlet").name == "nomad-dirichlet-concentration1e+08-s0"
+    assert type(Config(malicious=0).malicious) is float
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "kind"),
+    [
+        ("rounds", True, "int"),
+        ("rounds", np.True_, "int"),
+        ("rounds", np.float64(5), "int"),
+        ("rounds", np.arange(1000), "int"),
+        ("mad_start", pd.Series([5]), "int or NoneType"),
+        ("mad_start", np.float64("nan"), "int or NoneType"),
+        ("malicious", False, "float"),
+        ("data_root", b"images", "str or NoneType"),
+        ("settings", None, "Settings"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_in_one_line(field, value, kind):
+    with pytest.raises(ValueError, match=f"^{field} .{{1,60}} must be of type {kind}$"):
+        Config(**{field: value})
+
+
+def test_a_number_that_is_no_float_is_refused():
+    with pytest.raises(ValueError, match=r"malicious 10+ must be finite"):
+        Config(malicious=10**400)
 
 
 @pytest.mark.parametrize("field", ["outlying", "scale_floor"])

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +31,10 @@ DATASETS = ("auto", "pneumoniamnist", "phantom")
 FILE = "pneumoniamnist.npz"
 MD5 = "28209eda62fecd6e6a2d98b1501bb15f"  # of FILE, as medmnist publishes it
 DOWNLOAD_SECONDS = 60  # ours, for 4 MB: medmnist sets no time limit and can hang
+BY_HAND = (
+    f"download {FILE} of MedMNIST v2 by hand, put it into a folder and give this folder with --data-root or MADSIM_DATA"
+)
+failures: dict[Path, str] = {}  # folders into which a download failed, and why; a process tries each once
 VALIDATION = 0.1  # testbed: a client keeps 10 % of its images for validation
 
 
@@ -40,7 +45,7 @@ class Dataset:
     Whole numbers in another form, such as lists, pandas Series or labels [n, 1], are converted to these arrays. `name`
     names the data set. `md5` is the MD5 of its file, or of the phantom's arrays. `note` says why the phantom replaces
     PneumoniaMNIST; it is empty otherwise. Raises ValueError for another shape or type, for images outside 0 to 255, and
-    for labels other than 0 and 1.
+    for labels other than 0 and 1. Warns if all training images have the same label.
     """
 
     train_images: Images
@@ -67,6 +72,9 @@ class Dataset:
                     allowed = f"0 {'or' if most == 1 else 'to'} {most}"
                     raise ValueError(f"{name} lie in {array.min()} to {array.max()}; they must be {allowed}")
                 object.__setattr__(self, name, np.ascontiguousarray(array, kind))
+        if len(np.unique(self.train_labels)) == 1:
+            only = LABELS[self.train_labels[0]]
+            warnings.warn(f"all training images are {only}; a model learns to answer nothing else", stacklevel=3)
 
 
 def as_array(values: Any, name: str) -> np.ndarray:
@@ -83,20 +91,29 @@ def as_array(values: Any, name: str) -> np.ndarray:
 def load(dataset: str = "auto", root: str | Path | None = None) -> Dataset:
     """Load PneumoniaMNIST from `root`, or the phantom. `auto` takes the phantom if PneumoniaMNIST is not available.
 
-    `root` is the folder of pneumoniamnist.npz. The file is downloaded into it if it is absent. The default is the
-    environment variable MADSIM_DATA, or else medmnist's own folder. Raises ValueError for an unknown name or a damaged
-    file, and FileNotFoundError if `dataset` is pneumoniamnist and the file is absent and can't be downloaded.
+    `root` is the folder of pneumoniamnist.npz. If the file is absent, it is downloaded into the folder. A download that
+    failed is not tried again in the same process. The default is the environment variable MADSIM_DATA, or else
+    medmnist's own folder. Raises ValueError for an unknown name or a damaged file, and FileNotFoundError if `dataset`
+    is pneumoniamnist and the file is absent and can't be downloaded.
     """
     if dataset not in DATASETS:
         raise ValueError(f"dataset {dataset!r} is unknown; known: {', '.join(DATASETS)}")
     if dataset == "phantom":
         return phantom()
     try:
-        return pneumoniamnist(Path(root or os.environ.get("MADSIM_DATA") or Path.home() / ".medmnist"))
+        return pneumoniamnist(home_expanded(root or os.environ.get("MADSIM_DATA") or "~/.medmnist"))
     except FileNotFoundError as error:
         if dataset == "pneumoniamnist":
             raise
         return phantom(note=str(error))
+
+
+def home_expanded(root: str | Path) -> Path:
+    """The path with the user's folder for `~`. Raises FileNotFoundError if the system does not know this folder."""
+    try:
+        return Path(root).expanduser()
+    except RuntimeError:
+        raise FileNotFoundError(f"{Path(root) / FILE} can't be found: the home folder is unknown; {BY_HAND}") from None
 
 
 def pneumoniamnist(root: Path) -> Dataset:
@@ -120,8 +137,11 @@ def pneumoniamnist(root: Path) -> Dataset:
 def download(root: Path) -> None:
     """Download pneumoniamnist.npz into `root` with medmnist, in a separate process that can be stopped.
 
-    Raises FileNotFoundError if that fails. The message says what was tried and how to put the file in place.
+    Raises FileNotFoundError if that fails, or has failed before. The message says what was tried and how to put the
+    file in place.
     """
+    if root.absolute() in failures:
+        raise FileNotFoundError(failures[root.absolute()])
     fetch = "import medmnist, sys; medmnist.PneumoniaMNIST('train', download=True, root=sys.argv[1])"
     print(f"{root / FILE} is absent: downloading it (4 MB, at most {DOWNLOAD_SECONDS} s) ...", file=sys.stderr)
     try:
@@ -138,10 +158,9 @@ def download(root: Path) -> None:
         reason = causes[0] if causes else "medmnist failed"
     except OSError as error:
         reason = str(error)
-    raise FileNotFoundError(
-        f"{root / FILE} is absent and medmnist could not download it ({reason}); download {FILE} of MedMNIST "
-        f"v2 by hand, put it into a folder and give this folder with --data-root or MADSIM_DATA"
-    )
+    message = f"{root / FILE} is absent and medmnist could not download it ({reason}); {BY_HAND}"
+    failures[root.absolute()] = message
+    raise FileNotFoundError(message)
 
 
 # ---------------------------------------------------------------- the phantom

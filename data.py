@@ -5,7 +5,6 @@
 Shapes: n images, C clients.
 """
 
-import argparse
 import hashlib
 import os
 import shutil
@@ -27,7 +26,7 @@ Labels = NDArray[np.int64]  # [n], 0 normal, 1 pneumonia
 Numbers = NDArray[np.int64]  # [n], image numbers
 
 LABELS = ("normal", "pneumonia")
-DATASETS = ("auto", "pneumoniamnist", "phantom")
+DATASETS: tuple[str, ...] = ("auto", "pneumoniamnist", "phantom")
 FILE = "pneumoniamnist.npz"
 MD5 = "28209eda62fecd6e6a2d98b1501bb15f"  # of FILE, as medmnist publishes it
 DOWNLOAD_SECONDS = 60  # ours, for 4 MB: medmnist sets no time limit and can hang
@@ -330,33 +329,8 @@ def write_png(dataset: Dataset, shares: list[Share], labels: Labels, folder: Pat
     return sum(len(share.train) + len(share.validation) for share in shares)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Write the clients' training images as PNG files.")
-    parser.error = lambda message: parser.exit(2, f"data.py: {message}\n")  # type: ignore[method-assign]
-    parser.add_argument("--png", metavar="DIR", type=Path, required=True, help="a new folder for the images")
-    parser.add_argument("--dataset", choices=DATASETS, default="auto", help="default: %(default)s")
-    parser.add_argument("--data-root", metavar="DIR", help=f"folder of {FILE} (default: MADSIM_DATA, else medmnist's)")
-    parser.add_argument("--clients", type=int, default=10, help="default: %(default)s")
-    parser.add_argument("--malicious", type=float, default=0.2, help="fraction of clients (default: %(default)s)")
-    parser.add_argument("--flip", type=float, default=1.0, help="fraction of labels they flip (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    args = parser.parse_args(argv)
-    try:
-        dataset = load(args.dataset, args.data_root)
-        shares, labels = share_out(dataset.train_labels, args.clients, args.malicious, args.seed, flip=args.flip)
-        args.png.mkdir(parents=True)
-        count = write_png(dataset, shares, labels, args.png)
-    except FileExistsError:
-        parser.error(f"{args.png} exists; give the name of a new folder")
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        return 130
-    if dataset.note:
-        print(f"phantom images: {dataset.note}", file=sys.stderr)
-    print(f"{count} {dataset.name} images of {args.clients} clients in {args.png}")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    from harness.console import as_command
+    from harness.png import main  # it imports this file as `data`
+
+    sys.exit(as_command(main))

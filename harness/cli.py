@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Collection
 from concurrent.futures import BrokenExecutor
 from dataclasses import asdict, fields, replace
 from difflib import get_close_matches
@@ -39,11 +40,12 @@ class Parser(argparse.ArgumentParser):
         near = unknown and get_close_matches(unknown[1], re.findall(r"--[\w-]+", self.format_help()), 1)
         meant = f"; did you mean {near[0]}?" if near else ""
         meant = "".join(f"; {hint}" for start, hint in RENAMED.items() if re.match(start, message)) or meant
-        self.exit(2, f"madsim: {' '.join(message.split())}{meant}\n")
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}{meant}\n")
 
 
 def make_parser() -> Parser:
     parser = Parser(
+        prog="madsim",
         usage="python madsim.py [--quick] [--rounds N] [--mad-start ROUND ...] [options]",
         description="Simulate federated learning under label flipping, with Model Anomaly Detection (MAD).",
         epilog="Then `python plot.py results/` draws the results, or with --play makes one page per run that plays it.",
@@ -76,10 +78,13 @@ def make_parser() -> Parser:
     return parser
 
 
-def add_options(group: Any, of: type) -> None:
-    """Add one option per field of the dataclass, with its help, default and source. The dataclass checks the values."""
+def add_options(group: Any, of: type, only: Collection[str] = ()) -> None:
+    """Add one option per field of the dataclass (or of `only` these), with its help, default and source.
+
+    The dataclass checks the values.
+    """
     for f in fields(of):
-        if f.name == "settings":
+        if f.name == "settings" or (only and f.name not in only):
             continue
         about, kind = f.metadata, (get_args(f.type) or (f.type,))[0]
         values = about.get("choices")

@@ -326,10 +326,3 @@ def test_png_files_are_lossless_and_sorted_as_the_clients_see_them(small, tmp_pa
                 assert label == (small.train_labels[number] ^ share.malicious)
                 seen += 1
     assert seen == 400
-
-
-def test_the_command_refuses_a_folder_that_exists(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        data.main(["--png", str(tmp_path), "--dataset", "phantom"])
-    assert stop.value.code == 2
-    assert capsys.readouterr().err == f"data.py: {tmp_path} exists; give the name of a new folder\n"

@@ -792,7 +792,7 @@ def test_a_hostile_data_file_gets_one_line(kind, tmp_path, capsys, monkeypatch):
     ],
 )
 def test_a_data_set_of_ones_own_is_checked(changed, expected):
-    labels = np.zeros(8, int)
+    labels = np.arange(8) % 2
     good = {"train_images": IMAGES, "train_labels": labels, "test_images": IMAGES, "test_labels": labels}
     data.Dataset(**good, name="own", md5="")
     with pytest.raises(ValueError, match=expected):

@@ -5,13 +5,13 @@
 Shapes: n images, C clients.
 """
 
-import argparse
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -26,10 +26,14 @@ Labels = NDArray[np.int64]  # [n], 0 normal, 1 pneumonia
 Numbers = NDArray[np.int64]  # [n], image numbers
 
 LABELS = ("normal", "pneumonia")
-DATASETS = ("auto", "pneumoniamnist", "phantom")
+DATASETS: tuple[str, ...] = ("auto", "pneumoniamnist", "phantom")
 FILE = "pneumoniamnist.npz"
 MD5 = "28209eda62fecd6e6a2d98b1501bb15f"  # of FILE, as medmnist publishes it
 DOWNLOAD_SECONDS = 60  # ours, for 4 MB: medmnist sets no time limit and can hang
+BY_HAND = (
+    f"download {FILE} of MedMNIST v2 by hand, put it into a folder and give this folder with --data-root or MADSIM_DATA"
+)
+failures: dict[Path, str] = {}  # folders into which a download failed, and why; a process tries each once
 VALIDATION = 0.1  # testbed: a client keeps 10 % of its images for validation
 
 
@@ -37,9 +41,10 @@ VALIDATION = 0.1  # testbed: a client keeps 10 % of its images for validation
 class Dataset:
     """Images uint8 [n, 28, 28] and labels int64 [n] (0 normal, 1 pneumonia) of the training and the test split.
 
-    `name` names the data set. `md5` is the MD5 of its file, or of the phantom's arrays. `note` says why the phantom
-    replaces PneumoniaMNIST; it is empty otherwise. Raises ValueError for arrays of another shape or type, and for
-    labels other than 0 and 1.
+    Whole numbers in another form, such as lists, pandas Series or labels [n, 1], are converted to these arrays. `name`
+    names the data set. `md5` is the MD5 of its file, or of the phantom's arrays. `note` says why the phantom replaces
+    PneumoniaMNIST; it is empty otherwise. Raises ValueError for another shape or type, for images outside 0 to 255, and
+    for labels other than 0 and 1. Warns if all training images have the same label.
     """
 
     train_images: Images
@@ -52,18 +57,31 @@ class Dataset:
 
     def __post_init__(self):
         for split in ("train", "test"):
-            images, labels = getattr(self, f"{split}_images"), getattr(self, f"{split}_labels")
-            for name, array, kind, shape in (
-                ("images", images, np.uint8, (len(labels), 28, 28)),
-                ("labels", labels, np.int64, (len(images),)),
+            images, labels = (as_array(getattr(self, name), name) for name in (f"{split}_images", f"{split}_labels"))
+            if labels.shape == (len(images), 1):
+                labels = labels[:, 0]
+            for name, array, kind, kinds, shape, most in (
+                (f"{split}_images", images, np.uint8, "iu", (len(labels), 28, 28), 255),
+                (f"{split}_labels", labels, np.int64, "iub", (len(images),), 1),
             ):
-                if array.dtype != kind or array.shape != shape or not len(array):
+                if array.dtype.kind not in kinds or array.shape != shape or not len(array):
                     found = f"{array.dtype} {list(array.shape)}"
-                    raise ValueError(
-                        f"{split}_{name} are {found}; they must be {kind.__name__} {list(shape)}, not empty"
-                    )
-            if not np.isin(labels, (0, 1)).all():
-                raise ValueError(f"{split}_labels lie in {labels.min()} to {labels.max()}; they must be 0 or 1")
+                    raise ValueError(f"{name} are {found}; they must be {kind.__name__} {list(shape)}, not empty")
+                if array.min() < 0 or array.max() > most:
+                    allowed = f"0 {'or' if most == 1 else 'to'} {most}"
+                    raise ValueError(f"{name} lie in {array.min()} to {array.max()}; they must be {allowed}")
+                object.__setattr__(self, name, np.ascontiguousarray(array, kind))
+        if len(np.unique(self.train_labels)) == 1:
+            only = LABELS[self.train_labels[0]]
+            warnings.warn(f"all training images are {only}; a model learns to answer nothing else", stacklevel=3)
+
+
+def as_array(values: Any, name: str) -> np.ndarray:
+    """The values as an array with at least one dimension. Raises ValueError for rows of different lengths."""
+    try:
+        return np.atleast_1d(np.asarray(values))
+    except ValueError:
+        raise ValueError(f"{name} are no array: their rows differ in length") from None
 
 
 # ---------------------------------------------------------------- the two data sets
@@ -72,20 +90,29 @@ class Dataset:
 def load(dataset: str = "auto", root: str | Path | None = None) -> Dataset:
     """Load PneumoniaMNIST from `root`, or the phantom. `auto` takes the phantom if PneumoniaMNIST is not available.
 
-    `root` is the folder of pneumoniamnist.npz. The file is downloaded into it if it is absent. The default is the
-    environment variable MADSIM_DATA, or else medmnist's own folder. Raises ValueError for an unknown name or a damaged
-    file, and FileNotFoundError if `dataset` is pneumoniamnist and the file is absent and can't be downloaded.
+    `root` is the folder of pneumoniamnist.npz. If the file is absent, it is downloaded into the folder. A download that
+    failed is not tried again in the same process. The default is the environment variable MADSIM_DATA, or else
+    medmnist's own folder. Raises ValueError for an unknown name or a damaged file, and FileNotFoundError if `dataset`
+    is pneumoniamnist and the file is absent and can't be downloaded.
     """
     if dataset not in DATASETS:
         raise ValueError(f"dataset {dataset!r} is unknown; known: {', '.join(DATASETS)}")
     if dataset == "phantom":
         return phantom()
     try:
-        return pneumoniamnist(Path(root or os.environ.get("MADSIM_DATA") or Path.home() / ".medmnist"))
+        return pneumoniamnist(home_expanded(root or os.environ.get("MADSIM_DATA") or "~/.medmnist"))
     except FileNotFoundError as error:
         if dataset == "pneumoniamnist":
             raise
         return phantom(note=str(error))
+
+
+def home_expanded(root: str | Path) -> Path:
+    """The path with the user's folder for `~`. Raises FileNotFoundError if the system does not know this folder."""
+    try:
+        return Path(root).expanduser()
+    except RuntimeError:
+        raise FileNotFoundError(f"{Path(root) / FILE} can't be found: the home folder is unknown; {BY_HAND}") from None
 
 
 def pneumoniamnist(root: Path) -> Dataset:
@@ -109,8 +136,11 @@ def pneumoniamnist(root: Path) -> Dataset:
 def download(root: Path) -> None:
     """Download pneumoniamnist.npz into `root` with medmnist, in a separate process that can be stopped.
 
-    Raises FileNotFoundError if that fails. The message says what was tried and how to put the file in place.
+    Raises FileNotFoundError if that fails, or has failed before. The message says what was tried and how to put the
+    file in place.
     """
+    if root.absolute() in failures:
+        raise FileNotFoundError(failures[root.absolute()])
     fetch = "import medmnist, sys; medmnist.PneumoniaMNIST('train', download=True, root=sys.argv[1])"
     print(f"{root / FILE} is absent: downloading it (4 MB, at most {DOWNLOAD_SECONDS} s) ...", file=sys.stderr)
     try:
@@ -127,10 +157,9 @@ def download(root: Path) -> None:
         reason = causes[0] if causes else "medmnist failed"
     except OSError as error:
         reason = str(error)
-    raise FileNotFoundError(
-        f"{root / FILE} is absent and medmnist could not download it ({reason}); download {FILE} of MedMNIST "
-        f"v2 by hand, put it into a folder and give this folder with --data-root or MADSIM_DATA"
-    )
+    message = f"{root / FILE} is absent and medmnist could not download it ({reason}); {BY_HAND}"
+    failures[root.absolute()] = message
+    raise FileNotFoundError(message)
 
 
 # ---------------------------------------------------------------- the phantom
@@ -258,17 +287,18 @@ def share_out(
     poison: Callable[[Labels, float, np.random.Generator], Labels] | None = flip_labels,
     flip: float = 1.0,
     partition: Callable[[Labels, int, float, np.random.Generator], list[Numbers]] | None = None,
-    alpha: float = 0.5,
+    concentration: float = 0.5,
 ) -> tuple[list[Share], Labels]:
     """Deal the training images to the clients and let the malicious clients attack their labels.
 
     `malicious` is the fraction of malicious clients. `poison(labels, flip, rng)` gives the labels that each of
-    them sees on its whole share, also for validation (None: the true ones). `partition(labels, clients, alpha, rng)`
-    deals the images (None: `partition_iid`). Returns one Share per client, and the labels [n] as the clients see them.
-    The split depends on the seed, not on the attack. Raises ValueError if the malicious clients are not a minority.
+    them sees on its whole share, also for validation (None: the true ones). `partition(labels, clients, concentration,
+    rng)` deals the images (None: `partition_iid`). Returns one Share per client, and the labels [n] as the clients see
+    them. The split depends on the seed, not on the attack. Raises ValueError if the malicious clients are not a
+    minority.
     """
     rng = np.random.default_rng([seed, 0])
-    parts = partition(labels, clients, alpha, rng) if partition else partition_iid(len(labels), clients, rng)
+    parts = partition(labels, clients, concentration, rng) if partition else partition_iid(len(labels), clients, rng)
     bad = set(rng.permutation(clients)[: malicious_count(clients, malicious)].tolist())
     seen = labels.copy()
     shares = []
@@ -299,33 +329,8 @@ def write_png(dataset: Dataset, shares: list[Share], labels: Labels, folder: Pat
     return sum(len(share.train) + len(share.validation) for share in shares)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Write the clients' training images as PNG files.")
-    parser.error = lambda message: parser.exit(2, f"data.py: {message}\n")  # type: ignore[method-assign]
-    parser.add_argument("--png", metavar="DIR", type=Path, required=True, help="a new folder for the images")
-    parser.add_argument("--dataset", choices=DATASETS, default="auto", help="default: %(default)s")
-    parser.add_argument("--data-root", metavar="DIR", help=f"folder of {FILE} (default: MADSIM_DATA, else medmnist's)")
-    parser.add_argument("--clients", type=int, default=10, help="default: %(default)s")
-    parser.add_argument("--malicious", type=float, default=0.2, help="fraction of clients (default: %(default)s)")
-    parser.add_argument("--flip", type=float, default=1.0, help="fraction of labels they flip (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    args = parser.parse_args(argv)
-    try:
-        dataset = load(args.dataset, args.data_root)
-        shares, labels = share_out(dataset.train_labels, args.clients, args.malicious, args.seed, flip=args.flip)
-        args.png.mkdir(parents=True)
-        count = write_png(dataset, shares, labels, args.png)
-    except FileExistsError:
-        parser.error(f"{args.png} exists; give the name of a new folder")
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        return 130
-    if dataset.note:
-        print(f"phantom images: {dataset.note}", file=sys.stderr)
-    print(f"{count} {dataset.name} images of {args.clients} clients in {args.png}")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    from harness.console import as_command
+    from harness.png import main  # it imports this file as `data`
+
+    sys.exit(as_command(main))

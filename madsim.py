@@ -64,7 +64,7 @@ def gather(config: "Config", dataset: data.Dataset):
     c, attack = config, ATTACKS[config.attack]
     shares, attacked = data.share_out(
         dataset.train_labels, c.clients, c.malicious, c.seed,
-        poison=attack.poison, flip=c.flip, partition=PARTITIONS[c.partition], alpha=c.concentration,
+        poison=attack.poison, flip=c.flip, partition=PARTITIONS[c.partition], concentration=c.concentration,
     )  # fmt: skip
     return Clients(
         (dataset.train_images, dataset.train_labels, attacked), (dataset.test_images, dataset.test_labels), shares,
@@ -94,11 +94,7 @@ class Config:
     )
     partition: str = setting("iid", "how images are dealt to the clients, see --list", "paper", choices=PARTITIONS)
     concentration: float = setting(
-        0.5,
-        "alpha of the Dirichlet distribution, for partitions that are not iid",
-        "Li et al. 2022",
-        low=1e-3,
-        option="alpha",
+        0.5, "concentration of the Dirichlet distribution, for partitions that are not iid", "Li et al. 2022", low=1e-3
     )
     rule: str = setting("mean", "how the models of active clients are aggregated, see --list", "paper", choices=RULES)
     epochs: int = setting(1, "local epochs per round", "testbed", low=1, high=100)
@@ -129,9 +125,7 @@ class Config:
                 f"flip {self.flip} changes nothing, because attack {self.attack} flips no labels; leave it out"
             )
         if self.partition == "iid" and self.concentration != Config.concentration:
-            raise ValueError(
-                f"concentration (--alpha) {self.concentration} changes nothing with partition iid; leave it out"
-            )
+            raise ValueError(f"concentration {self.concentration} changes nothing with partition iid; leave it out")
 
     def attacking(self, t: int) -> bool:
         """Whether the malicious clients attack in round t."""

@@ -6,9 +6,12 @@ The order is the paper's. A client's distance from the main cluster gives d. d g
 Shapes: C clients, n scored clients, P parameters, t round (the first is 1).
 """
 
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from math import frexp
 from numbers import Integral, Real
+from os import PathLike, fspath
 from sys import float_info
 from typing import Any, get_args
 
@@ -16,28 +19,43 @@ import numpy as np
 from numpy.typing import NDArray
 
 LLOYD_STEPS = 300  # the most steps, as in scikit-learn
+LARGEST = 1e145  # ours: of a scaled weight. The squares of a million such weights have a finite sum.
+SMALLER = 2.0**-64  # ours: a sum of weights that overflows is taken of weights so much smaller
 
 Array = NDArray[np.floating]
+TAKEN: dict[Any, Any] = {int: Integral, float: Real, str: (str, PathLike)}  # what a setting's type includes
 Mask = NDArray[np.bool_]
 Rule = Callable[[Array, Array, int], Array]  # rule(W [n, P], weights [n], f) -> w [P]; see lab/rules.py
 
 
 def setting(default: Any, text: str, source: str, **limits: Any) -> Any:
-    """A dataclass field with its help text and the source of its default.
-
-    `limits` are `low`, `high` or `choices`, and `option`, its name on the command line if that differs.
-    """
+    """A dataclass field with its help text, the source of its default, and its `limits`: `low`, `high` or `choices`."""
     return field(default=default, metadata={"help": text, "source": source, **limits})
 
 
+def own_type(name: str, value: Any, kinds: tuple[Any, ...]) -> Any:
+    """The value as one of the `kinds`: numbers of numpy become Python's own, and paths become strings.
+
+    So equal settings are written alike. Raises ValueError for a value of another type.
+    """
+    if getattr(value, "ndim", None) == 0:  # a number of numpy or torch, or an array of one
+        value = value.item()
+    kind = next((kind for kind in kinds if isinstance(value, TAKEN.get(kind, kind))), None)
+    if kind is None or isinstance(value, bool):
+        shown = " ".join(reprlib.repr(value).split())
+        raise ValueError(f"{name} {shown} must be of type {' or '.join(kind.__name__ for kind in kinds)}")
+    try:
+        return fspath(value) if kind is str else kind(value) if kind in TAKEN else value
+    except OverflowError:
+        raise ValueError(f"{name} {value} must be finite") from None
+
+
 def check_limits(settings: Any) -> None:
-    """Raise ValueError for the first field of the dataclass that has another type or lies outside its limits."""
+    """Give the fields of the dataclass their own types. Raise ValueError for a value outside its type or limits."""
     for f in fields(settings):
-        value, limits = getattr(settings, f.name), f.metadata
-        name = f"{f.name} (--{limits['option']})" if "option" in limits else f.name
-        kinds = get_args(f.type) or (f.type,)
-        if not isinstance(value, tuple({int: Integral, float: Real}.get(kind, kind) for kind in kinds)):
-            raise ValueError(f"{name} {value!r} must be of type {' or '.join(kind.__name__ for kind in kinds)}")
+        name, limits = f.name, f.metadata
+        value = own_type(name, getattr(settings, name), get_args(f.type) or (f.type,))
+        object.__setattr__(settings, name, value)
         if "choices" in limits and value not in limits["choices"]:
             raise ValueError(f"{name} {value!r} is unknown; known: {', '.join(map(str, limits['choices']))}")
         high = limits.get("high", float_info.max)
@@ -67,9 +85,7 @@ class Settings:
         "ours",
         choices=("ungrouped", "always"),
     )
-    alpha: float = setting(
-        0.5, "reputation rises from this d on, eq. (2)", "paper", low=0, high=1, option="alpha-reputation"
-    )
+    alpha: float = setting(0.5, "reputation rises from this d on, eq. (2)", "paper", low=0, high=1)
     beta_reputation: float = setting(0.75, "smoothing of reputation, eq. (4)", "paper", low=0, high=1)
     beta_trust: float = setting(0.85, "smoothing of trust, eq. (6)", "paper", low=0, high=1)
     threshold: float = setting(0.15, "trust below which a client is excluded", "testbed", low=0, high=1)
@@ -120,7 +136,7 @@ class State:
 
     round: int  # the last scored round; 0 before the first
     spread: float  # largest median distance of any round so far; 0 before the first round
-    distance: Array  # from the centre of the main cluster, in units of the weights
+    distance: Array  # from the centre of the main cluster, in units of the weights; cut off as in `scaled`
     d: Array  # 1 central, 0 far
     reputation: Array  # R, in [0, 1]
     trust: Array  # in [0, 1]
@@ -137,20 +153,43 @@ def initial_state(clients: int) -> State:
 # ---------------------------------------------------------------- d: the normalised distance
 
 
-def squared_distances(W: Array) -> Array:
-    """Squared Euclidean distances [n, n] between the rows of W [n, P], computed from their Gram matrix.
+def scaled(W: Array) -> tuple[Array, float]:
+    """W [n, P] in a unit in which no square of a weight overflows or vanishes, and this unit.
 
-    The row of median norm is subtracted from all rows first. Otherwise one submission of 1e30 would round away the
-    differences between the others.
+    The unit is 1 for usual weights. They are returned as they are, in single or double precision. Otherwise the unit is
+    a power of two, so nothing is rounded. It is near the largest weight of the median row, and weights above `LARGEST`
+    units are cut off: a hostile row can't take the precision of the others.
     """
-    W = W.astype(np.float64)
+    W = W if W.dtype == np.float32 else np.asarray(W, np.float64)
+    sizes, kind = np.maximum(W.max(1), -W.min(1)), np.finfo(W.dtype)  # [n]
+    if ((sizes == 0) | ((sizes > kind.tiny**0.4) & (sizes < kind.max**0.4))).all():
+        return W, 1.0
+    sizes = np.sort(sizes)
+    _, exponent = frexp(sizes[len(sizes) // 2] or sizes[-1])
+    unit = max(2.0 ** (exponent - 1), float_info.min)
+    return np.clip(W.astype(np.float64), -LARGEST * unit, LARGEST * unit) / unit, unit
+
+
+def unscaled(values: Any, unit: float) -> Any:
+    """Values in units of the weights again, at most the largest float64."""
+    most = float_info.max / unit
+    return np.clip(values, -most, most) * unit
+
+
+def squared_distances(W: Array) -> tuple[Array, float]:
+    """Squared Euclidean distances [n, n] between the rows of W [n, P], and the unit of the distances; see `scaled`.
+
+    They are computed from the rows' Gram matrix. The row of median norm is subtracted from all rows first. Otherwise
+    one submission of 1e30 would round away the differences between the others.
+    """
+    W, unit = scaled(W.astype(np.float64))
     norms = np.einsum("np,np->n", W, W)
     W -= W[np.argsort(norms, kind="stable")[len(W) // 2]].copy()
     gram = W @ W.T  # [n, n]
     squares = np.diag(gram)
     distances = np.maximum(squares[:, None] + squares - 2 * gram, 0)
     np.fill_diagonal(distances, 0)
-    return distances
+    return distances, unit
 
 
 def centre_distances(squared: Array, members: Mask) -> Array:
@@ -227,15 +266,16 @@ def normalised_distance(W: Array, spread: float, settings: Settings) -> tuple[Ar
     (or always, see `settings.floored`), hi is at least `settings.scale_floor` spreads: if all clients lie close
     together, none of them counts as far. hi = lo gives d = 1. Ours: the paper says "normalized Euclidean distance".
     """
-    squared = squared_distances(W)
-    counted, main = main_cluster(W, squared, spread, settings)
+    squared, unit = squared_distances(W)
+    usual = float(unscaled(spread, 1 / unit))
+    counted, main = main_cluster(W, squared, usual, settings)
     distance = centre_distances(squared, main)
-    spread = max(spread, float(np.median(distance[counted])))
+    middle = float(np.median(distance[counted]))
     lo, hi = distance.min(), distance.max()
     if (main == counted).all() or settings.floored == "always":
-        hi = max(hi, settings.scale_floor * spread)
+        hi = max(hi, settings.scale_floor * max(usual, middle))
     d = 1 - (distance - lo) / (hi - lo) if hi > lo else np.ones(len(W))
-    return distance, d, spread
+    return unscaled(distance, unit), d, max(spread, float(unscaled(middle, unit)))
 
 
 # ---------------------------------------------------------------- equations (1)-(7)
@@ -322,7 +362,18 @@ def mean(W: Array, weights: Array, f: int) -> Array:
 
     W [n, P] are the models and `weights` [n] the numbers of training images. f is not used.
     """
-    return np.average(W, axis=0, weights=weights)
+    return without_overflow(lambda W: np.average(W, axis=0, weights=weights), W)
+
+
+def without_overflow(average: Callable[[Array], Array], W: Array) -> Array:
+    """An average [P] of the rows of W [n, P], also where the rows' sum is too large for a number."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        w = average(W)
+        lost = ~np.isfinite(w)
+        if lost.any():
+            most = np.finfo(w.dtype).max  # rounding can lift an average of such numbers above it
+            w[lost] = np.clip(average(W[:, lost].astype(np.float64) * SMALLER) / SMALLER, -most, most)
+    return w
 
 
 def check_clients(rule: Rule, clients: int, f: int) -> None:
@@ -335,7 +386,7 @@ def check_clients(rule: Rule, clients: int, f: int) -> None:
 def aggregate(
     W: Array, weights: Array, active: Mask, rule: Rule = mean, f: int = 0, before: Array | None = None
 ) -> Array:
-    """The next global weights w [P]: the `rule` applied to the active rows of W [C, P], in W's precision.
+    """The next global weights w [P]: the `rule` applied to the active rows of W [C, P], in W's precision if it has one.
 
     `weights` [C] are the numbers of training images. `f` is the number of malicious clients among the C. Every excluded
     client counts as one of them, so the rule must withstand that many fewer. A rule with the mark `on_changes` works on
@@ -343,8 +394,14 @@ def aggregate(
     """
     f = max(0, f - int((~active).sum()))
     check_clients(rule, int(active.sum()), f)
+    kind = W.dtype if W.dtype.kind == "f" else np.dtype(np.float64)
+    most = np.finfo(kind).max
     if not getattr(rule, "on_changes", False):
-        return rule(W[active], weights[active], f).astype(W.dtype)
+        return np.clip(rule(W[active], weights[active], f), -most, most).astype(kind)
     if before is None:
         raise ValueError(f"{rule.__name__} works on changes: it needs the last global weights `before`")
-    return (before + rule(W[active] - before, weights[active], f)).astype(W.dtype)
+    with np.errstate(over="ignore"):
+        near = np.isfinite(W[active] - before).all()
+        part = 1.0 if near else 0.25  # a change from -3e38 to 3e38 is too large for a float32
+        w = (before * part + rule(W[active] * part - before * part, weights[active], f)) / part
+    return np.clip(w, -most, most).astype(kind)

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Collection
 from concurrent.futures import BrokenExecutor
 from dataclasses import asdict, fields, replace
 from difflib import get_close_matches
@@ -24,6 +25,10 @@ from trust import PRESETS, Settings
 
 QUICK = 60  # ours: rounds of --quick, with MAD from the middle; they take about 10 seconds on two cores
 MOST_RUNS = 10_000  # ours: the largest number of seeds, and of jobs
+RENAMED = {  # for command lines of earlier versions: the start of an error message, and what it adds
+    r"unrecognized arguments:.* --alpha-reputation\b": "--alpha-reputation is now --alpha",
+    "alpha .* must be": "the parameter of Dirichlet's distribution is now --concentration",
+}
 NOT_RESULTS = {"out", "overwrite", "jobs", "backend", "scheduler", "data_root"}  # options that do not change results
 
 
@@ -34,11 +39,13 @@ class Parser(argparse.ArgumentParser):
         unknown = re.match(r"unrecognized arguments: (--\S+)", message)
         near = unknown and get_close_matches(unknown[1], re.findall(r"--[\w-]+", self.format_help()), 1)
         meant = f"; did you mean {near[0]}?" if near else ""
-        self.exit(2, f"madsim: {' '.join(message.split())}{meant}\n")
+        meant = "".join(f"; {hint}" for start, hint in RENAMED.items() if re.match(start, message)) or meant
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}{meant}\n")
 
 
 def make_parser() -> Parser:
     parser = Parser(
+        prog="madsim",
         usage="python madsim.py [--quick] [--rounds N] [--mad-start ROUND ...] [options]",
         description="Simulate federated learning under label flipping, with Model Anomaly Detection (MAD).",
         epilog="Then `python plot.py results/` draws the results, or with --play makes one page per run that plays it.",
@@ -71,10 +78,13 @@ def make_parser() -> Parser:
     return parser
 
 
-def add_options(group: Any, of: type) -> None:
-    """Add one option per field of the dataclass, with its help, default and source. The dataclass checks the values."""
+def add_options(group: Any, of: type, only: Collection[str] = ()) -> None:
+    """Add one option per field of the dataclass (or of `only` these), with its help, default and source.
+
+    The dataclass checks the values.
+    """
     for f in fields(of):
-        if f.name == "settings":
+        if f.name == "settings" or (only and f.name not in only):
             continue
         about, kind = f.metadata, (get_args(f.type) or (f.type,))[0]
         values = about.get("choices")
@@ -101,8 +111,7 @@ def start_round(text: str) -> int | None:
 
 def option(name: str) -> str:
     """The option for a field of Config or Settings, or for another name in `given`."""
-    renamed = {f.name: f.metadata["option"] for f in (*fields(Config), *fields(Settings)) if "option" in f.metadata}
-    return "--" + renamed.get(name, name.replace("_", "-"))
+    return "--" + name.replace("_", "-")
 
 
 def plan(given: dict[str, Any]) -> dict[Path, Config]:
@@ -126,6 +135,18 @@ def plan(given: dict[str, Any]) -> dict[Path, Config]:
         for config in configs
     ]
     return {folder / run.name: run for folder, run in runs}
+
+
+def tell_alpha(given: dict[str, Any], planned: dict[Path, Config]) -> None:
+    """Say what --alpha is if it may be meant for a partition. In earlier versions, it was Dirichlet's parameter."""
+    parts = sorted({config.partition for config in planned.values()} - {"iid"})
+    if parts and "alpha" in given and "concentration" not in given:
+        values = " or ".join(f"{c:g}" for c in sorted({config.concentration for config in planned.values()}))
+        print(
+            f"madsim: --alpha {given['alpha']:g} is MAD's alpha in eq. (2); "
+            f"partition {' or '.join(parts)} uses --concentration, here {values}",
+            file=sys.stderr,
+        )
 
 
 def plan_experiments(given: dict[str, Any]) -> dict[Path, dict[tuple[str, str], Config]]:
@@ -228,6 +249,7 @@ def main(argv: list[str] | None = None) -> int:
     begun, again = False, "overwrite" in given
     try:
         planned = plan_resumed(given) if "resume" in given else plan(given)
+        tell_alpha(given, planned)
         with workers(given.get("scheduler")):
             runs, dataset = make_ready(planned, given)
             if runs:

@@ -331,7 +331,7 @@ def plane(W: Array, spread: float, settings: Settings, before: Array) -> Array:
     """
     from scipy.linalg import orthogonal_procrustes
 
-    squared = squared_distances(W)
+    squared, _ = squared_distances(W)  # in units of the weights, because a run has float32 weights
     main = main_cluster(W, squared, spread, settings)[1]
     centring = np.eye(len(W)) - 1 / len(W)
     lengths, axes = np.linalg.eigh(-centring @ squared @ centring / 2)  # classical scaling (Torgerson 1952)

@@ -11,12 +11,18 @@ RESAMPLES = 100  # ours: bootstrap samples; the standard error is then known to 
 
 
 class MembershipInference:
-    """Membership inference on the honest clients' training images, compared with validation and test images."""
+    """Membership inference on the honest clients' training images, compared with validation and test images.
+
+    Raises ValueError if there are fewer than two images of a kind.
+    """
 
     def __init__(self, clients: Clients):
         self.clients = clients
         honest = [share for share in clients.shares if not share.malicious]
         train, validation = (np.concatenate([getattr(s, kind) for s in honest]) for kind in ("train", "validation"))
+        for kind, count in (("validation", len(validation)), ("test", len(clients.test_labels))):
+            if count < 2:
+                raise ValueError(f"membership can't be measured with {count} {kind} image; it needs two or more")
         own, test = np.concatenate([train, validation]), clients.evaluated.flatten(0, 2)[: len(clients.test_labels)]
         self.images = lay_out(cat([clients.images[own], test]))
         self.labels = cat([clients.labels[own], clients.test_labels])

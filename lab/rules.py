@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from trust import Array, Mask, Rule, mean, squared_distances, two_means
+from trust import Array, Mask, Rule, mean, scaled, squared_distances, two_means, unscaled, without_overflow
 
 WEISZFELD_STEPS = 10_000  # ours: the most steps. About 30 are enough, unless one row has almost half of the weight.
 CONVERGED = 1e-9  # ours: the steps end when a step is shorter than this fraction of the median distance
-SMOOTHING = 1e-6  # added to the distances in Weiszfeld's steps (Pillutla et al. 2019)
+SMOOTHING = 1e-6  # in units of `trust.scaled`, added to the distances in Weiszfeld's steps (Pillutla et al. 2019)
 LAST_LAYER = slice(-66, -2)  # the weights of the network's last layer, 2 x 32, in a row of W; its 2 biases follow
 
 
@@ -36,13 +36,13 @@ def mark(**marks: Any) -> Callable[[Rule], Rule]:
 
 def median(W: Array, weights: Array, f: int) -> Array:
     """Coordinate-wise median (Yin et al. 2018)."""
-    return np.median(W, axis=0)
+    return without_overflow(lambda W: np.median(W, axis=0), W)
 
 
 @mark(least=lambda f: 2 * f + 1)
 def trimmed_mean(W: Array, weights: Array, f: int) -> Array:
     """Mean without the f extremes at each end (Yin et al. 2018)."""
-    return np.sort(W, axis=0)[f : len(W) - f].mean(0)
+    return without_overflow(lambda W: W.mean(0), np.sort(W, axis=0)[f : len(W) - f])
 
 
 @mark(least=lambda f: 2 * f + 3)
@@ -54,12 +54,15 @@ def krum(W: Array, weights: Array, f: int) -> Array:
 @mark(least=lambda f: 2 * f + 3)
 def multi_krum(W: Array, weights: Array, f: int) -> Array:
     """Multi-Krum: mean of the n - f best (Blanchard et al. 2017)."""
-    return W[krum_scores(W, f).argsort(kind="stable")[: len(W) - f]].mean(0)
+    return without_overflow(lambda W: W.mean(0), W[krum_scores(W, f).argsort(kind="stable")[: len(W) - f]])
 
 
 def krum_scores(W: Array, f: int) -> Array:
-    """Sum [n] of each row's squared distances to the n - f - 2 rows nearest to it (Blanchard et al. 2017)."""
-    squared = squared_distances(W)
+    """Sum [n] of each row's squared distances to the n - f - 2 rows nearest to it (Blanchard et al. 2017).
+
+    The distances are in the unit of `trust.scaled`.
+    """
+    squared, _ = squared_distances(W)
     np.fill_diagonal(squared, np.inf)
     return np.sort(squared, axis=1)[:, : len(W) - f - 2].sum(1)
 
@@ -70,8 +73,8 @@ def geometric_median(W: Array, weights: Array, f: int) -> Array:
     The sum is weighted. Smoothed Weiszfeld steps find the point. It is a weighted mean of the rows, so the steps are
     taken in the n coefficients of that mean.
     """
-    W = W.astype(np.float64)
-    spread = np.sqrt(np.median(squared_distances(W), axis=1))
+    W, unit = scaled(W.astype(np.float64))
+    spread = np.sqrt(np.median(squared_distances(W)[0], axis=1))
     places = np.asarray(np.linalg.qr((W - W[spread.argmin()]).T, mode="r")).T  # [n, n], with the rows' distances
     distance = spread  # a start that keeps the first step away from outliers
     share = np.zeros(len(W))
@@ -83,7 +86,7 @@ def geometric_median(W: Array, weights: Array, f: int) -> Array:
         distance = np.linalg.norm(places - share @ places, axis=1)
         if moved <= CONVERGED * np.median(distance):
             break
-    return share @ W
+    return unscaled(share @ W, unit)
 
 
 @mark(on_changes=True)
@@ -92,9 +95,10 @@ def norm_clipping(U: Array, weights: Array, f: int) -> Array:
 
     Changes U [n, P] are clipped to their median length. That is ours: the paper uses a constant.
     """
+    U, unit = scaled(U)
     lengths = np.linalg.norm(U, axis=1)
     factors = np.minimum(1, np.median(lengths) / np.where(lengths > 0, lengths, 1))
-    return mean(U * factors[:, None], weights, f)
+    return unscaled(mean(U * factors[:, None], weights, f), unit)
 
 
 @mark(on_changes=True)
@@ -104,8 +108,8 @@ def lfighter(U: Array, weights: Array, f: int) -> Array:
     This is the method for two classes. It splits the changes U [n, P] of the last layer into two clusters. It averages
     the cluster for which size times dissimilarity is larger, because attackers are few and resemble one another.
     """
-    last = U[:, LAST_LAYER]
-    squared = squared_distances(last)
+    last, _ = scaled(U[:, LAST_LAYER])
+    squared, _ = squared_distances(last)
     if squared.max() == 0:
         return mean(U, weights, f)
     group = two_means(squared)

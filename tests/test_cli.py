@@ -75,18 +75,24 @@ def test_several_mad_starts_and_seeds_make_several_runs(quick, tmp_path, capsys)
         ("--threshold 2", "threshold 2.0 must be at least 0 and at most 1"),
         ("--attack flipp", "'flipp' is unknown; known: label_flip, one_way_flip, scaled, nan, sign_flip, noise"),
         ("--partition odd", "partition 'odd' is unknown; known: iid, dirichlet, quantity"),
-        ("--partition dirichlet --alpha 0", "concentration (--alpha) 0.0 must be at least 0.001 and finite"),
+        ("--partition dirichlet --concentration 0", "concentration 0.0 must be at least 0.001 and finite"),
         ("--rule medoid", "rule 'medoid' is unknown; known: mean, median, trimmed_mean, krum"),
         ("--dataset mnist", "dataset 'mnist' is unknown; known: auto, pneumoniamnist, phantom"),
         ("--preset x", "invalid choice: 'x' (choose from"),
         ("--experiment fig9", "invalid choice: 'fig9' (choose from"),
         ("--experiment fig3a --mad-start 3", "experiment fig3a sets --mad-start itself; leave it out"),
-        ("--experiment noniid --alpha 1", "experiment noniid sets --alpha itself; leave it out"),
-        ("--alpha-reputation 2", "alpha (--alpha-reputation) 2.0 must be at least 0 and at most 1"),
+        ("--experiment noniid --concentration 1", "experiment noniid sets --concentration itself; leave it out"),
+        (
+            "--alpha 10",
+            "alpha 10.0 must be at least 0 and at most 1; the parameter of Dirichlet's distribution is now ",
+        ),
+        ("--partition dirichlet --alpha 10", "distribution is now --concentration\n"),
+        ("--alpha-reputation 0.3", "arguments: --alpha-reputation 0.3; --alpha-reputation is now --alpha\n"),
+        ("--attacks x --alpha-reputation=0.3", "; --alpha-reputation is now --alpha\n"),
         ("--experiment fig3a --quick", "--quick and --experiment can't be combined"),
         ("--rounds 2 --attack-start 5", "attack_start 5 lies beyond the 2 rounds; use 1 to 2"),
         ("--rounds 2 --membership 10", "membership 10 lies beyond the 2 rounds"),
-        ("--alpha 1", "concentration (--alpha) 1.0 changes nothing with partition iid"),
+        ("--concentration 1", "concentration 1.0 changes nothing with partition iid"),
         ("--attack noise --flip 0.5", "flip 0.5 changes nothing, because attack noise flips no labels"),
         (
             "--rule multi_krum --malicious 0.4",
@@ -109,6 +115,30 @@ def test_bad_input_gets_one_line(arguments, expected, capsys, tmp_path):
         return
     assert expected in refusal(capsys, *arguments.split(), "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (
+            "--partition dirichlet --alpha 0.3",
+            "--alpha 0.3 is MAD's alpha in eq. (2); partition dirichlet uses --concentration, here 0.5",
+        ),
+        (
+            "--experiment noniid --alpha 1",
+            "--alpha 1 is MAD's alpha in eq. (2); "
+            "partition dirichlet or quantity uses --concentration, here 0.5 or 1 or 10",
+        ),
+        ("--partition dirichlet --alpha 0.3 --concentration 1", None),
+        ("--partition dirichlet --concentration 1", None),
+        ("--alpha 0.3", None),
+    ],
+)
+def test_a_partition_with_the_alpha_of_mad_is_said(arguments, expected, capsys):
+    """In earlier versions, --alpha was the parameter of the Dirichlet distribution."""
+    given = vars(cli.make_parser().parse_args(arguments.split()))
+    cli.tell_alpha(given, cli.plan(given))
+    assert capsys.readouterr().err == (f"madsim: {expected}\n" if expected else "")
 
 
 @pytest.mark.skipif(

@@ -1,14 +1,19 @@
 """Tests of data.py: the data sets, the split, the label attack, the PNG files."""
 
 import time
+import warnings
+from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 import data
+from madsim import Config, simulate
 
 
 @given(st.integers(2, 400), st.data())
@@ -115,6 +120,67 @@ def test_logistic_regression_is_no_match_for_the_phantom(phantom):
     assert linear.fit(flat[0], phantom.train_labels).score(flat[1], phantom.test_labels) < 0.90
 
 
+# ---------------------------------------------------------------- a data set of one's own
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (60, 28, 28), np.uint8)
+TRUTH = np.arange(60) % 3 // 2
+
+
+def frozen(array: np.ndarray) -> np.ndarray:
+    array = array.copy()
+    array.flags.writeable = False
+    return array
+
+
+@pytest.mark.parametrize(("label", "missing"), [(1, "test_specificity"), (0, "test_sensitivity")])
+def test_training_images_of_one_label_are_warned_of(label, missing):
+    """The run goes on. Rates of a label that no test image has are empty, and so is the AUC."""
+    one = np.full(60, label)
+    with pytest.warns(UserWarning, match=f"all training images are {data.LABELS[label]}; a model learns to"):
+        own = data.Dataset(IMAGES, one, IMAGES, one, name="own", md5="")
+    rounds = simulate(Config(rounds=2, clients=3, malicious=0.0, partition="dirichlet"), dataset=own).rounds
+    assert rounds[[missing, "test_auc"]].isna().all(axis=None)
+    assert rounds.drop(columns=[missing, "test_auc"]).notna().all(axis=None) and rounds.accuracy.iloc[-1] == 1
+
+
+def test_membership_needs_two_images_of_each_kind():
+    for sizes, kind in (((60, 1), "1 test image"), ((10, 20), "1 validation image")):
+        own = data.Dataset(IMAGES[: sizes[0]], TRUTH[: sizes[0]], IMAGES[: sizes[1]], TRUTH[: sizes[1]], "own", "")
+        with pytest.raises(ValueError, match=f"membership can't be measured with {kind}; it needs two or more"):
+            simulate(Config(rounds=1, clients=1, malicious=0.0, membership=1), dataset=own)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda array: array.tolist(),
+        lambda array: [*array],
+        frozen,
+        np.asfortranarray,
+        lambda array: array[::-1].copy()[::-1],  # negative strides
+        lambda array: np.repeat(array, 2, axis=0)[::2],  # not contiguous
+        lambda array: array.astype(np.int16),
+        lambda array: array.astype(">u4"),
+        torch.from_numpy,
+        lambda array: array if array.ndim == 3 else array[:, None],  # labels [n, 1], as medmnist has them
+        lambda array: array if array.ndim == 3 else array == 1,
+        lambda array: array if array.ndim == 3 else pd.Series(array, index=-np.arange(len(array))),
+        lambda array: array if array.ndim == 3 else pd.DataFrame({"label": array}),
+    ],
+)
+def test_other_forms_of_a_data_set_give_the_same_run(form):
+    """The arrays are those that the class promises, and a run with them gives the same numbers without a warning."""
+    plain = (IMAGES, TRUTH, IMAGES[:20], TRUTH[:20])
+    own = data.Dataset(*map(form, plain), name="own", md5="")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = simulate(Config(rounds=1, clients=3, malicious=0.4), dataset=own)
+    for array, expected in zip((own.train_images, own.train_labels, own.test_images, own.test_labels), plain):
+        assert array.dtype == expected.dtype and array.flags.c_contiguous and (array == expected).all()
+    expected = simulate(Config(rounds=1, clients=3, malicious=0.4), dataset=data.Dataset(*plain, name="own", md5=""))
+    pd.testing.assert_frame_equal(found.clients, expected.clients)
+
+
 # ---------------------------------------------------------------- PneumoniaMNIST
 
 
@@ -192,6 +258,53 @@ def test_a_download_is_put_in_place_and_read(real_root, tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == [data.FILE]
 
 
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [("raise OSError('the network is down')", "the network is down"), ("import os; os._exit(1)", "medmnist failed")],
+)
+def test_a_failed_download_is_not_tried_again(program, reason, tmp_path, monkeypatch, small):
+    fetcher(monkeypatch, program)
+    fetch, calls = data.subprocess.run, []
+    monkeypatch.setattr(data.subprocess, "run", lambda *words, **options: calls.append(1) or fetch(*words, **options))
+    monkeypatch.setattr(data, "phantom", lambda seed=0, note="": replace(small, note=note))
+    monkeypatch.chdir(tmp_path)
+    notes = [data.load("auto", root).note for root in (tmp_path, tmp_path, ".", str(tmp_path))]
+    assert len(calls) == 1 and reason in notes[0] and notes == [notes[0]] * 4
+    with pytest.raises(FileNotFoundError, match=reason):
+        data.load("pneumoniamnist", tmp_path)
+    assert len(calls) == 1
+    data.load("auto", tmp_path / "other")  # another folder is tried
+    assert len(calls) == 2
+    (tmp_path / data.FILE).write_text("put here by hand")  # the file itself is looked for each time
+    with pytest.raises(ValueError, match="has MD5"):
+        data.load("auto", tmp_path)
+
+
+@pytest.mark.parametrize("root", [None, "", "~/data", "~nobody-has-this-name/data"])
+def test_a_home_that_is_unknown_gives_the_phantom_and_says_why(root, monkeypatch, small):
+    """A container can run as a user that the system does not know. HOME is then often not set."""
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setenv("MADSIM_DATA", "")
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    monkeypatch.setattr(data, "phantom", lambda seed=0, note="": replace(small, note=note))
+    note = data.load("auto", root).note
+    assert "can't be found: the home folder is unknown; download pneumoniamnist.npz" in note
+    with pytest.raises(FileNotFoundError, match="give this folder with --data-root or MADSIM_DATA"):
+        data.load("pneumoniamnist", root)
+
+
+def test_a_tilde_is_the_users_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / data.FILE).write_text("no data")
+    (tmp_path / ".medmnist").mkdir()
+    (tmp_path / ".medmnist" / data.FILE).write_text("none either")
+    for variable, root, expected in (("", "~/mine", "mine"), ("~/mine", None, "mine"), ("", None, ".medmnist")):
+        monkeypatch.setenv("MADSIM_DATA", variable)
+        with pytest.raises(ValueError, match=f"^{tmp_path / expected / data.FILE} has MD5"):
+            data.load("auto", root)
+
+
 def test_an_unknown_name_lists_the_known():
     with pytest.raises(ValueError, match="'mnist' is unknown; known: auto, pneumoniamnist, phantom"):
         data.load("mnist")
@@ -213,10 +326,3 @@ def test_png_files_are_lossless_and_sorted_as_the_clients_see_them(small, tmp_pa
                 assert label == (small.train_labels[number] ^ share.malicious)
                 seen += 1
     assert seen == 400
-
-
-def test_the_command_refuses_a_folder_that_exists(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        data.main(["--png", str(tmp_path), "--dataset", "phantom"])
-    assert stop.value.code == 2
-    assert capsys.readouterr().err == f"data.py: {tmp_path} exists; give the name of a new folder\n"

@@ -1,6 +1,7 @@
 """Tests of lab/partitions.py: non-IID clients."""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -9,17 +10,32 @@ from lab.partitions import PARTITIONS, dirichlet, quantity
 
 
 @given(st.integers(1, 12), st.floats(1e-3, 100), st.integers(0, 10**6), st.sampled_from(["dirichlet", "quantity"]))
-def test_the_other_partitions_deal_everything_once_and_leave_nobody_empty(clients, alpha, seed, partition):
+def test_the_other_partitions_deal_everything_once_and_leave_nobody_empty(clients, concentration, seed, partition):
     rng, labels = np.random.default_rng(seed), np.arange(60) % 3 // 2
-    parts = PARTITIONS[partition](labels, clients, alpha, rng)
+    parts = PARTITIONS[partition](labels, clients, concentration, rng)
     assert len(parts) == clients and min(map(len, parts)) >= 2
     assert sorted(np.concatenate(parts)) == list(range(60))
+
+
+@pytest.mark.parametrize("partition", [dirichlet, quantity])
+def test_any_concentration_deals_all_images(partition):
+    """A huge concentration gives equal shares, up to the rounding of each label's part. A tiny one gives all to one."""
+    labels = np.arange(1000) % 3 // 2
+    for concentration in (1e20, 1e308, np.inf):
+        sizes = [len(part) for part in partition(labels, 10, concentration, np.random.default_rng(0))]
+        assert sum(sizes) == 1000 and min(sizes) >= 98 and max(sizes) <= 102
+    for concentration in (1e-20, 5e-324):
+        sizes = [len(part) for part in partition(labels, 10, concentration, np.random.default_rng(0))]
+        assert sum(sizes) == 1000 and sizes.count(2) >= 8
+    for concentration in (0.0, -1.0, np.nan):
+        with pytest.raises(ValueError, match=f"concentration {concentration} must be above 0"):
+            partition(labels, 10, concentration, np.random.default_rng(0))
 
 
 def test_what_the_partitions_make_unequal():
     """`dirichlet` makes the shares of pneumonia differ, `quantity` only the sizes.
 
-    With a large alpha, neither differs.
+    With a large concentration, neither differs.
     """
     labels = (np.arange(4000) % 4 > 0).astype(int)  # three quarters have pneumonia
 

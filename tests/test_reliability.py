@@ -780,13 +780,19 @@ def test_a_hostile_data_file_gets_one_line(kind, tmp_path, capsys, monkeypatch):
         ({"train_images": IMAGES[:, :14]}, r"train_images are uint8 \[8, 14, 28\]; they must be uint8 \[8, 28, 28\]"),
         ({"train_images": IMAGES.astype(float)}, "train_images are float64"),
         ({"train_images": IMAGES[:3]}, r"train_images are uint8 \[3, 28, 28\]; they must be uint8 \[8, 28, 28\]"),
-        ({"test_labels": np.zeros(8, np.uint8)}, r"test_labels are uint8 \[8\]; they must be int64 \[8\]"),
+        ({"test_labels": np.zeros(8)}, r"test_labels are float64 \[8\]; they must be int64 \[8\]"),
+        ({"test_labels": np.zeros((8, 2), int)}, r"test_labels are int64 \[8, 2\]; they must be int64 \[8\]"),
+        ({"test_labels": [0, 1, None] * 2 + [0, 1]}, r"test_labels are object \[8\]"),
+        ({"test_labels": 0}, r"test_images are uint8 \[8, 28, 28\]; they must be uint8 \[1, 28, 28\]"),
+        ({"train_images": IMAGES > 0}, "train_images are bool"),
+        ({"train_images": IMAGES + np.int64(256)}, "train_images lie in 256 to [0-9]+; they must be 0 to 255"),
+        ({"train_images": [[1, 2], [3]] * 4}, "train_images are no array: their rows differ in length"),
         ({"test_labels": np.array([0, 1, 2, 0, 0, 0, 0, -1])}, "test_labels lie in -1 to 2; they must be 0 or 1"),
         ({"train_images": IMAGES[:0], "train_labels": np.zeros(0, int)}, "not empty"),
     ],
 )
 def test_a_data_set_of_ones_own_is_checked(changed, expected):
-    labels = np.zeros(8, int)
+    labels = np.arange(8) % 2
     good = {"train_images": IMAGES, "train_labels": labels, "test_images": IMAGES, "test_labels": labels}
     data.Dataset(**good, name="own", md5="")
     with pytest.raises(ValueError, match=expected):
@@ -885,7 +891,7 @@ FOLDERS = {
     "a field missing": (rewritten("{}"), "config.json is damaged: no 'settings'"),
     "a text for a number": (with_fields(rounds="many"), "rounds 'many' must be of type int"),
     "no settings": (with_fields(settings=None), "config.json is damaged: "),
-    "a wild number": (with_fields(malicious=7), "malicious fraction 7 must be"),
+    "a wild number": (with_fields(malicious=7), "malicious fraction 7.0 must be"),
     "resumed by nobody": (with_fields(resumed=5), "config.json is damaged: resumed is not a list"),
     "another number": (with_fields(lr=0.5), "was begun with lr 0.001, not 0.5; a run can't change its settings"),
     "a row edited": (lambda folder: swap_a_digit(folder / "rounds.csv"), "rounds.csv was changed or cut short since"),
@@ -1040,7 +1046,7 @@ def test_every_command_line_is_understood_or_refused_in_one_line(capsys, words):
         runs_or_is_refused(lambda: cli.plan(vars(PARSER.parse_args(words))), capsys)
 
 
-SMALL = ("--malicious", "--attack", "--flip", "--lr", "--method", "--batch-size", "--seed", "--alpha-reputation",
+SMALL = ("--malicious", "--attack", "--flip", "--lr", "--method", "--batch-size", "--seed", "--alpha",
          "--clusters", "--silhouette", "--outlying", "--scale-floor", "--threshold", "--preset", "--excluded",
          "--beta-trust", "--beta-reputation", "--equation2", "--order", "--decision", "--first", "--nobody-left",
          "--mad-start")  # fmt: skip

@@ -1,9 +1,12 @@
 """Tests of lab/rules.py: every aggregation rule, with numbers worked out by hand."""
 
+import warnings
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 from lab import rules
 from lab.rules import RULES
@@ -95,6 +98,8 @@ def test_norm_clipping_by_hand():
     assert rules.norm_clipping(U, np.array([1.0, 1, 1, 0]), 1) == pytest.approx([1 / 3, 2 / 3, 2.5 / 3, 0])
     assert rules.norm_clipping(U / 100, ONES, 1) == pytest.approx([0.0025, 0.005, 0.00625, 0.00625])  # in any unit
     assert rules.norm_clipping(np.zeros((3, 2)), np.ones(3), 0).tolist() == [0, 0]  # no client has moved
+    U = np.diag([1, 2, 3, 1e30]).astype(np.float32)  # the square of 1e30 is no float32
+    assert rules.norm_clipping(U, ONES, 1) == pytest.approx([0.25, 0.5, 0.625, 0.625])
 
 
 def last_layers(*rows: tuple[float, float]) -> np.ndarray:
@@ -181,3 +186,46 @@ def test_who_is_excluded_is_no_longer_withstood():
     assert aggregate(W, np.ones(5), active, RULES["krum"], 1).tolist() == [1, 2]
     with pytest.raises(ValueError, match="needs 5 clients to withstand 1"):
         aggregate(W[:4], np.ones(4), active[:4], RULES["krum"], 1)
+
+
+# ---------------------------------------------------------------- numbers of any size
+
+
+def quietly(W: np.ndarray, rule: str, before: np.ndarray) -> np.ndarray:
+    """The aggregate of the rows with f = 2. A warning, such as that of an overflow, is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return aggregate(W, np.arange(1, len(W) + 1), np.ones(len(W), bool), RULES[rule], 2, before)
+
+
+@pytest.mark.parametrize("rule", ["median", "trimmed_mean", "krum", "multi_krum", "geometric_median", "norm_clipping"])
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_a_robust_rule_withstands_numbers_of_any_size(rule, kind):
+    rng = np.random.default_rng(0)
+    W, most = rng.normal(size=(10, 80)).astype(kind), float(np.finfo(kind).max)
+    for value in (most**0.5, most**0.6, most / 2, most):
+        for signs in ((1, 1), (-1, -1), (1, -1)):
+            W[[2, 5]] = value * np.array(signs)[:, None]
+            assert np.abs(quietly(W, rule, np.zeros(80, kind))).max() < 10, (value, signs)
+            assert np.abs(quietly(W, "mean", np.zeros(80, kind))).max() > min(most**0.4, 10) or signs == (1, -1)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("size", [1e-300, 1e-170, 1e100, 1e160, 1e300, 2.0**1015])
+def test_the_aggregate_of_a_whole_federation_moves_with_its_size(rule, size):
+    rng = np.random.default_rng(0)
+    W, before = rng.normal(size=(10, 80)), rng.normal(size=80)
+    W[[2, 5]] *= 30
+    expected = quietly(W, rule, before)
+    scaled = quietly(W * size, rule, before * size) / size
+    assert scaled == pytest.approx(expected, rel=1e-6, abs=1e-5 if rule == "geometric_median" else 1e-9)
+
+
+@given(st.sampled_from(list(RULES)), st.sampled_from([16, 32, 64]), st.data())
+@settings(deadline=None)
+def test_the_aggregate_of_any_finite_numbers_is_finite(rule, width, draw):
+    numbers = st.floats(allow_nan=False, allow_infinity=False, width=width)
+    rows = draw.draw(hnp.arrays(f"f{width // 8}", (8, 3), elements=numbers))
+    W = np.tile(rows, 23)  # 69 weights: LFighter looks at the last 66
+    w = quietly(W[1:], rule, W[0])
+    assert np.isfinite(w).all() and w.dtype == W.dtype

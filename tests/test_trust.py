@@ -1,14 +1,21 @@
 """Tests of trust.py: the paper's equations, worked out by hand, and hostile submissions."""
 
-from dataclasses import replace
+import json
+import pickle
+import warnings
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import trust
+from madsim import Config
 from trust import (
     PRESETS,
     Settings,
@@ -35,6 +42,13 @@ unit = st.floats(0, 1)
 def column(*values: float) -> np.ndarray:
     """One weight per client, so that distances are easy to see: W [C, 1]."""
     return np.array(values, float)[:, None]
+
+
+def squares(W: np.ndarray) -> np.ndarray:
+    """Squared distances of usual weights, whose unit is 1."""
+    squared, unit = squared_distances(W)
+    assert unit == 1
+    return squared
 
 
 # ---------------------------------------------------------------- the equations, by hand
@@ -144,7 +158,7 @@ def test_without_a_group_the_farthest_is_not_far():
 
 
 def test_with_one_cluster_there_is_no_group_and_the_testbed_has_no_floor():
-    assert not outlying_group(squared_distances(column(0, 1, 2, 10)), 0.0, replace(PAPER, clusters=1)).any()
+    assert not outlying_group(squares(column(0, 1, 2, 10)), 0.0, replace(PAPER, clusters=1)).any()
     # The centre is 1.625. The distances are 1.625, 0.625, 0.375, 1.875. The earlier spread does not matter.
     for spread in (0.0, 8.0):
         _, d, _ = normalised_distance(column(0, 1, 2, 3.5), spread, TESTBED)
@@ -154,7 +168,7 @@ def test_with_one_cluster_there_is_no_group_and_the_testbed_has_no_floor():
 def test_a_silhouette_at_its_bound_is_no_structure():
     from sklearn.metrics import silhouette_score
 
-    squared = squared_distances(column(0, 0.125, 0.25, 1))
+    squared = squares(column(0, 0.125, 0.25, 1))
     assert squared.max() == 1
     bound = float(silhouette_score(np.sqrt(squared), [0, 0, 0, 1], metric="precomputed"))
     assert outlying_group(squared, 0.0, PAPER).tolist() == [False, False, False, True]
@@ -163,8 +177,8 @@ def test_a_silhouette_at_its_bound_is_no_structure():
 
 def test_a_split_without_structure_is_no_group():
     W = np.random.default_rng(0).normal(size=(10, 500))  # in 500 dimensions, all distances are about equal
-    assert not outlying_group(squared_distances(W), 0.0, PAPER).any()
-    assert outlying_group(squared_distances(W), 0.0, replace(PAPER, silhouette=-1.0)).any()
+    assert not outlying_group(squares(W), 0.0, PAPER).any()
+    assert outlying_group(squares(W), 0.0, replace(PAPER, silhouette=-1.0)).any()
 
 
 @pytest.mark.parametrize("W", [column(1), column(1, 5), column(3, 3, 3, 3)], ids=["one", "two", "identical"])
@@ -178,7 +192,7 @@ def test_distances_and_split_are_those_of_the_full_weights():
 
     rng = np.random.default_rng(1)
     W = rng.normal(size=(9, 300)) + 2 * (np.arange(9) < 3)[:, None]
-    squared = squared_distances(W)
+    squared = squares(W)
     assert squared == pytest.approx(((W[:, None] - W) ** 2).sum(2))
     members = np.arange(9) >= 3
     assert centre_distances(squared, members) == pytest.approx(np.linalg.norm(W - W[members].mean(0), axis=1))
@@ -200,7 +214,7 @@ def test_the_split_is_scikit_learns(seed, clients, apart):
     rng = np.random.default_rng(seed)
     W = rng.standard_normal((clients, 5))
     W[: clients // 3] += apart
-    squared = squared_distances(W)
+    squared = squares(W)
     start = W[list(np.unravel_index(squared.argmax(), squared.shape))]
     expected = KMeans(2, init=start, n_init=1, tol=0).fit(W).labels_.astype(bool)
     assert (two_means(squared) == expected).all()
@@ -209,7 +223,7 @@ def test_the_split_is_scikit_learns(seed, clients, apart):
 def test_the_split_is_not_just_the_start():
     """The start is at 0 and 7.5. The client at 3.7 first joins 0. Once the centres have moved, it joins 7.5."""
     W = column(0.0, 1.0, 1.0, 3.7, 4.1, 7.5)
-    squared = squared_distances(W)
+    squared = squares(W)
     assert (squared[:, 5] < squared[:, 0]).tolist() == [False, False, False, False, True, True]
     # The centres are then 5.7 / 4 = 1.425 and 11.6 / 2 = 5.8. 3.7 lies 2.275 from the first and 2.1 from the second.
     assert two_means(squared).tolist() == [False, False, False, True, True, True]
@@ -217,37 +231,37 @@ def test_the_split_is_not_just_the_start():
 
 @pytest.mark.parametrize("models", [(0, 1, 2, 9, 10), (10, 9, 0, 1, 2), (9, 0, 10, 1, 2)])
 def test_the_smaller_cluster_is_the_outlying_one_wherever_it_stands(models):
-    group = outlying_group(squared_distances(column(*models)), 0.0, PAPER)
+    group = outlying_group(squares(column(*models)), 0.0, PAPER)
     assert group.tolist() == [model > 5 for model in models]
 
 
 def test_copies_count_once_with_two_clusters_and_each_with_one():
     W = column(0, 0, 0, 5, 6)
-    squared = squared_distances(W)
+    squared = squares(W)
     assert main_cluster(W, squared, 0.0, PAPER)[0].tolist() == [True, False, False, True, True]
     assert main_cluster(W, squared, 0.0, TESTBED)[0].all()
 
 
 def test_a_client_between_the_farthest_two_joins_the_first():
-    assert two_means(squared_distances(column(0, 5, 10))).tolist() == [False, False, True]
+    assert two_means(squares(column(0, 5, 10))).tolist() == [False, False, True]
 
 
 def test_a_tie_between_the_two_centres_changes_no_cluster():
     """The clusters {0, 0, 93} and {110, 200} have the centres 31 and 155. 93 lies 62 from both, so it stays."""
-    squared = squared_distances(column(0, 0, 93, 110, 200))
+    squared = squares(column(0, 0, 93, 110, 200))
     assert two_means(squared).tolist() == [False, False, False, True, True]
 
 
 @pytest.mark.parametrize(("spread", "found"), [(6.3, True), (6.4, False), (6.8, False)])
 def test_the_nearest_member_of_a_group_decides_whether_it_is_far(spread, found):
     """The clients 9 and 10 lie 8 and 9 from the centre of {0, 1, 1, 2}. 1.25 spreads are 7.875, 8 and 8.5."""
-    group = outlying_group(squared_distances(column(0, 1, 1, 2, 9, 10)), spread, PAPER)
+    group = outlying_group(squares(column(0, 1, 1, 2, 9, 10)), spread, PAPER)
     assert group.tolist() == [False] * 4 + [found] * 2
 
 
 def test_the_silhouette_decides_by_hand():
     # The clusters {0, 1} and {4, 6, 7} give (a, b) = (1, 17/3), (1, 14/3), (5/2, 7/2), (3/2, 11/2), (2, 13/2)
-    squared = squared_distances(column(0, 1, 4, 6, 7))
+    squared = squares(column(0, 1, 4, 6, 7))
     mean = (14 / 17 + 11 / 14 + 2 / 7 + 8 / 11 + 9 / 13) / 5  # 0.663
     for bound, group in ((mean - 0.001, [True, True, False, False, False]), (mean + 0.001, [False] * 5)):
         assert outlying_group(squared, 0.0, replace(PAPER, silhouette=bound)).tolist() == group
@@ -402,7 +416,7 @@ def test_an_outlier_does_not_blur_the_distances_between_the_others():
     W = submissions(0, far=())
     W[3] = 1e30
     honest = np.arange(10) != 3
-    assert squared_distances(W)[np.ix_(honest, honest)] == pytest.approx(squared_distances(W[honest]), rel=1e-9)
+    assert squares(W)[np.ix_(honest, honest)] == pytest.approx(squares(W[honest]), rel=1e-9)
 
 
 def test_copies_of_a_model_and_one_client_left():
@@ -412,6 +426,100 @@ def test_copies_of_a_model_and_one_client_left():
     alone = replace(state, active=np.arange(10) == 2)
     state = mad_step(submissions(2), alone, 2, 1, PAPER)
     assert state.active.tolist() == alone.active.tolist() and state.d[2] == 1
+
+
+# ---------------------------------------------------------------- numbers of any size
+
+
+@pytest.fixture
+def no_warning():
+    """A warning, such as that of an overflow, fails the test."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+LARGEST = float(np.finfo(float).max)
+
+
+@pytest.mark.parametrize("value", [1e145, 1e160, 1e300, LARGEST])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
+def test_a_row_of_any_size_is_far(value, sign, preset, no_warning):
+    """As in the first round by hand, but with 1e160 instead of 10. d of the others is 1 up to rounding.
+
+    A distance that is cut off is said to be at least 1e145.
+    """
+    state = mad_step(column(0, 1, 2, sign * value), initial_state(4), 1, 1, preset)
+    assert state.d.tolist() == pytest.approx([1, 1, 1, 0])
+    assert (state.trust[3], state.trust[0] > 0.5) == (0, True)
+    assert 5e144 < state.distance[3] <= value  # the testbed measures it from the mean of all
+    if preset == PAPER:
+        assert state.active.tolist() == [True, True, True, False]
+        assert state.distance[:3].tolist() == pytest.approx([1, 0, 1])
+        assert state.spread == pytest.approx(1)
+
+
+@pytest.mark.parametrize("size", [1e-300, 1e-170, 1e-100, 1e100, 1e160, 1e300, 2.0**1019])
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
+def test_the_scores_of_a_whole_federation_do_not_depend_on_its_size(size, preset, no_warning):
+    usual, scaled = initial_state(10), initial_state(10)
+    for t in (1, 2, 3, 4):
+        W = submissions(t)
+        usual, scaled = mad_step(W, usual, t, 2, preset), mad_step(W * size, scaled, t, 2, preset)
+        assert (scaled.active == usual.active).all()
+        assert scaled.trust == pytest.approx(usual.trust, abs=1e-9, nan_ok=True)
+        assert scaled.distance / size == pytest.approx(usual.distance, nan_ok=True)
+        assert scaled.spread / size == pytest.approx(usual.spread)
+    assert np.flatnonzero(~usual.active).tolist() == [1, 4]
+
+
+def test_a_scale_that_is_a_power_of_two_changes_no_bit(no_warning):
+    W = submissions(0)
+    distance, d, spread = normalised_distance(W, 0.5, PAPER)
+    far, same, far_spread = normalised_distance(W * 2.0**600, 0.5 * 2.0**600, PAPER)
+    assert (same == d).all() and (far == distance * 2.0**600).all() and far_spread == spread * 2.0**600
+
+
+def test_a_round_of_another_size_is_scored_by_the_largest_spread(no_warning):
+    """After a round with the spread 1e300, distances of 1e-300 are nothing. The spread stays."""
+    state = mad_step(column(0, 1, 2, 3) * 1e300, initial_state(4), 1, None, PAPER)
+    assert state.spread == pytest.approx(1e300)
+    state = mad_step(column(0, 1, 2, 50) * 1e-300, state, 2, None, PAPER)
+    assert state.d.tolist() == [1, 1, 1, 1] and state.spread == pytest.approx(1e300)
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.int64])
+def test_other_types_are_scored_as_float64(kind, no_warning):
+    W = np.round(50 * submissions(0)).astype(kind)
+    W[7] = np.iinfo(kind).min if kind == np.int64 else np.finfo(kind).min
+    state = mad_step(W, initial_state(10), 1, 1, PAPER)
+    expected = mad_step(W.astype(float), initial_state(10), 1, 1, PAPER)
+    assert state.trust.tolist() == expected.trust.tolist() and not state.active[7]
+
+
+@given(hnp.arrays(float, (5, 3), elements=st.floats(allow_nan=False, allow_infinity=False)), st.floats(0, LARGEST))
+def test_any_finite_numbers_are_scored_in_their_range_without_a_warning(W, spread):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for preset in PRESETS.values():
+            state = replace(initial_state(5), spread=spread)
+            for t in (1, 2):
+                state = mad_step(W, state, t, 2, preset)
+                scores = np.array([state.d, state.reputation, state.trust])[:, ~np.isnan(state.d)]
+                assert scores.shape[1] >= 1 and ((scores >= 0) & (scores <= 1)).all()
+                assert np.isfinite([state.spread, *state.distance[~np.isnan(state.d)]]).all()
+                assert state.spread >= spread
+
+
+@given(st.integers(0, 10**6), st.integers(-300, 290), st.floats(4, 18), st.sampled_from([1, -1]), st.integers(0, 6))
+def test_the_row_that_is_far_is_excluded_at_any_scale(seed, exponent, far, sign, client):
+    W = np.random.default_rng(seed).normal(size=(7, 20))
+    W[client] += sign * 10.0**far
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        state = mad_step(W * 10.0**exponent, initial_state(7), 1, 1, PAPER)
+    assert np.flatnonzero(~state.active).tolist() == [client]
 
 
 # ---------------------------------------------------------------- aggregation, settings
@@ -434,6 +542,22 @@ def test_what_is_not_active_never_reaches_the_average():
     assert aggregate(W, np.ones(3), np.array([True, False, True])).tolist() == [2]
 
 
+@pytest.mark.parametrize("kind", [np.float64, np.float32])
+def test_an_average_of_the_largest_numbers_is_finite(kind, no_warning):
+    """The weights of the clients are 1, 2 and 7. The columns are huge, of both signs, tiny, and usual."""
+    most = float(np.finfo(kind).max)
+    tiny = 1e-170 if kind == np.float64 else 1e-37
+    W = np.array([[most, most, tiny, 1], [most, -most, tiny, 4], [most, most / 7, 3 * tiny, 5]], kind)
+    w = aggregate(W, np.array([1, 2, 7]), np.ones(3, bool))
+    assert w[[0, 2, 3]].tolist() == pytest.approx([most, 2.4 * tiny, 4.4], rel=1e-6, abs=0)
+    assert abs(w[1]) < most * 1e-7 and w.dtype == kind  # 1 - 2 + 7 / 7 = 0
+
+
+def test_whole_numbers_have_an_average_that_is_not_whole():
+    w = aggregate(np.array([[1, 2], [2, 4]]), np.ones(2), np.ones(2, bool))
+    assert w.tolist() == [1.5, 3] and w.dtype == float
+
+
 def test_the_presets_are_the_papers_and_the_testbeds():
     paper = (2, 0.25, 1.25, 2.5, "ungrouped", 0.5, 0.75, 0.85, 0.15)
     testbed = (1, 0.25, 1.25, 0.0, "ungrouped", 0.5, 0.75, 0.75, 0.15)
@@ -451,6 +575,49 @@ def test_the_ends_of_a_range_belong_to_it(field, low, high):
     for value in (low - 0.01, high + 0.01):
         with pytest.raises(ValueError, match=rf"{field}.* {value} must be at least {low} and at most {high}"):
             replace(PAPER, **{field: value})
+
+
+@pytest.mark.parametrize("number", [np.int64(5), np.uint8(5), np.array(5), torch.tensor(5)])
+def test_numbers_of_numpy_become_pythons_own(number):
+    config = Config(rounds=number, mad_start=number, seed=number, lr=number / 4, malicious=np.float32(0.25))
+    assert config == Config(rounds=5, mad_start=5, seed=5, lr=1.25, malicious=0.25)
+    assert [type(value) for value in (config.rounds, config.mad_start, config.lr)] == [int, int, float]
+    assert json.loads(json.dumps(asdict(config)))["rounds"] == 5
+    assert config.name == "mad5-rounds5-malicious0.25-lr1.25-s5"
+
+
+def test_settings_have_their_own_types_whatever_is_given():
+    settings = Settings(clusters=np.int64(1), threshold=np.float64(0.25), alpha=1, order=np.str_("smooth-clip"))
+    own = (settings.clusters, settings.threshold, settings.alpha, settings.order)
+    assert own == (1, 0.25, 1.0, "smooth-clip") and [*map(type, own)] == [int, float, float, str]
+    assert pickle.dumps(settings) == pickle.dumps(Settings(clusters=1, threshold=0.25, alpha=1.0, order="smooth-clip"))
+    assert type(Config(data_root=Path("images")).data_root) is str
+    assert Config(concentration=10**8, partition="dirichlet").name == "nomad-dirichlet-concentration1e+08-s0"
+    assert type(Config(malicious=0).malicious) is float
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "kind"),
+    [
+        ("rounds", True, "int"),
+        ("rounds", np.True_, "int"),
+        ("rounds", np.float64(5), "int"),
+        ("rounds", np.arange(1000), "int"),
+        ("mad_start", pd.Series([5]), "int or NoneType"),
+        ("mad_start", np.float64("nan"), "int or NoneType"),
+        ("malicious", False, "float"),
+        ("data_root", b"images", "str or NoneType"),
+        ("settings", None, "Settings"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_in_one_line(field, value, kind):
+    with pytest.raises(ValueError, match=f"^{field} .{{1,60}} must be of type {kind}$"):
+        Config(**{field: value})
+
+
+def test_a_number_that_is_no_float_is_refused():
+    with pytest.raises(ValueError, match=r"malicious 10+ must be finite"):
+        Config(malicious=10**400)
 
 
 @pytest.mark.parametrize("field", ["outlying", "scale_floor"])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.folder import script, unfinished
+from harness.runs import span
 
 
 def as_command(main: Callable[[], int]) -> int:
@@ -105,7 +106,8 @@ def report(result: Any, folder: Path) -> None:
         print(f"Excluded     nobody; {stayed if attackers else 'nobody attacked'}")
     if s["kept_rounds"]:
         print(f"Kept         all clients in {len(s['kept_rounds'])} rounds, because all fell below the threshold")
-    times = {f"round {len(rounds)}": rounds.iloc[-1], f"last {len(rounds.tail(50))}": rounds.tail(50).mean()}
+    last = s["last_50_rounds"]
+    times = {f"round {len(rounds)}": rounds.iloc[-1], f"last {last}": rounds.tail(last).mean()}
     if s["jumps"]:
         t = s["jumps"][0]["round"]
         times = {f"round {t - 1}": rounds.iloc[t - 2], f"round {t}": rounds.iloc[t - 1]} | times
@@ -120,7 +122,7 @@ def report(result: Any, folder: Path) -> None:
 
 def report_seeds(table: Any) -> None:
     """Print means and standard deviations over seeds of runs in a frame from `lab.experiments.tidy`."""
-    from lab.experiments import over_seeds, span
+    from lab.experiments import over_seeds
 
     print(f"\nLast {span(table)} rounds: mean ± standard deviation over seeds")
     for (name, _), texts in over_seeds(table).iterrows():

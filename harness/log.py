@@ -30,6 +30,7 @@ from harness.folder import (
     rounded,
     write_json,
 )
+from harness.runs import steady
 from trust import Array, Settings, State, main_cluster, squared_distances
 
 ROUND_COLUMNS = ["round", "loss", "accuracy", "honest_loss", "honest_accuracy"]
@@ -377,7 +378,7 @@ def summarise(rounds: Any, clients: Any, membership: Any = None, *, mad_start: i
     excluded = {int(client): int(t) for client, t in zip(out.client, out["round"])}
     true = len(excluded.keys() & set(malicious))
     detected = max(excluded[c] for c in malicious) if true == len(malicious) > 0 else None
-    last_50 = rounds.drop(columns="round").tail(50).mean()
+    last_50 = steady(rounds, clients).tail(50)
     return {
         "excluded": excluded,
         "nonfinite": [int(c) for c in out.client[out.distance.isna()]],  # excluded for NaN or infinity
@@ -387,7 +388,8 @@ def summarise(rounds: Any, clients: Any, membership: Any = None, *, mad_start: i
         "precision": true / len(excluded) if excluded else None,
         "recall": true / len(malicious) if malicious else None,
         "rounds_to_detection": max(0, detected - mad_start) if detected and mad_start else None,
-        "last_50": {name: rounded(value) for name, value in last_50.items()},
+        "last_50": {name: rounded(value) for name, value in last_50.drop(columns="round").mean().items()},
+        "last_50_rounds": len(last_50),
         "jumps": [jump(clients, t) for t in sorted(set(excluded.values())) if t > 1],
         "membership": None if membership is None else {c: held(membership, clients, c) for c in malicious},
     }

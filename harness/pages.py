@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from harness.folder import plain
-from harness.runs import CURVES, Run, by_start, read_table, strategy, title
+from harness.runs import CURVES, Run, by_start, read_table, steady, strategy, title
 
 TEMPLATES = Path(__file__).parent / "pages"
 PAGE_BYTES = 2_500_000  # of the numbers in a page that plays a run
@@ -112,19 +112,20 @@ def report(runs: Sequence[Run], pictures: Sequence[Path], folder: Path) -> str:
 
 
 def runs_table(runs: Sequence[Run], folder: Path) -> str:
-    """The runs as an HTML table: strategy, attack, exclusions, and the means of the last ten rounds."""
+    """The runs as an HTML table: strategy, attack, exclusions, and the means of at most ten last rounds."""
     import pandas as pd
 
     rows = []
     for run in sorted(runs, key=lambda run: (run.folder.parent, by_start(run))):
-        last = run.rounds[list(CURVES)].tail(10).mean()
+        last = steady(run.rounds, run.clients)[list(CURVES)].tail(10)
         attack = f"{run.config.get('attack')}, {run.config.get('malicious')} of the clients"
         rows.append(
             {
                 "run": str(run.folder.relative_to(folder)), "data": run.data, "strategy": strategy(run),
                 "rounds": run.length.removesuffix(" rounds"), "seed": run.config.get("seed"),
                 "attack": attack if run.attacked else "none", "excluded": exclusions(run),
-            } | {f"{name.replace('_', ' ')}, last 10 rounds": value for name, value in last.items()}
+                "averaged rounds": f"last {len(last)}",
+            } | {f"mean {name.replace('_', ' ')}": value for name, value in last.mean().items()}
         )  # fmt: skip
     return pd.DataFrame(rows).to_html(index=False, border=0, float_format="{:.3f}".format, na_rep="")
 

@@ -175,9 +175,28 @@ def read_grid(path: Path) -> Any:
         raise ValueError(f"it lacks {', '.join(lacking)}")
     table = table[table["complete"].eq(True)].copy()
     table[numbers] = table[numbers].apply(pd.to_numeric)
+    if "averaged" not in table:  # a table of an earlier version
+        table["averaged"] = table["last"].clip(upper=10)
     missed = table["attackers"] - table["true_exclusions"]
     table["right"] = 1 - (missed + table["false_exclusions"]) / table["clients"]
     return table
+
+
+def steady(rounds: Any, clients: Any) -> Any:
+    """The rows of `rounds` since the last change of the set of active clients; all rows if it never changed.
+
+    Both are frames of a run's CSV files. The round of an exclusion already runs without the client, so it is the first
+    of these rows. Means over the last rounds are taken from these rows, so that they mix no rounds with and without a
+    client.
+    """
+    changed = clients.groupby("client")["active"].diff().abs() > 0
+    return rounds[rounds["round"] >= clients["round"][changed].max()] if changed.any() else rounds
+
+
+def span(table: Any) -> str:
+    """The numbers of last rounds over which a table of runs has means: '10' or '4 to 10'."""
+    numbers = table["averaged"][table["complete"] | ~table["complete"].any()]  # the others are in no mean
+    return " to ".join(dict.fromkeys(f"{number:.0f}" for number in (numbers.min(), numbers.max())))
 
 
 def read_samples(path: Path) -> tuple[NDArray, NDArray] | None:

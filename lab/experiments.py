@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from harness.folder import identity, read_json, replace_file, rounded, script
+from harness.runs import span, steady
 from lab.attacks import ATTACKS
 from lab.rules import RULES
 
-LAST = 10  # ours: the last rounds of a run over which its table takes means
+LAST = 10  # ours: the largest number of last rounds over which a table takes the means of a run
 DETECTION = ("true_exclusions", "false_exclusions", "precision", "recall", "rounds_to_detection")
+NEWEST = ("averaged",)  # these columns stay at the end, also if some runs have more columns than the first one
 TABLED = {  # columns of an experiment's Markdown table: heading and decimals
     "true_exclusions": ("attackers out", 1), "false_exclusions": ("honest out", 1),
     "precision": ("precision", 2), "recall": ("recall", 2), "rounds_to_detection": ("rounds to detection", 1),
@@ -144,8 +146,9 @@ PAPER = ("fig3a", "fig3c")  # --experiment paper
 def tidy(cells: list[tuple[Path, str, str]]) -> Any:
     """A pandas frame with one row per run: its row and column, its settings, and its results.
 
-    `cells` are the folders of the runs with their rows and columns. Metrics are means over the last `LAST` rounds.
-    `fluctuation` is the standard deviation, over these rounds, of the change of the honest clients' accuracy per round.
+    `cells` are the folders of the runs with their rows and columns. Metrics are means over the last `averaged` rounds:
+    at most `LAST`, and none before the last exclusion. `fluctuation` is the standard deviation, over these rounds, of
+    the change of the honest clients' accuracy per round.
     `jump_*` is the change of the participants' loss and accuracy at the first exclusion, `jump_*_model` the model part.
     """
     from pandas import DataFrame
@@ -158,7 +161,8 @@ def tidy(cells: list[tuple[Path, str, str]]) -> Any:
             rows.append({"row": row, "column": column} | results_of(folder))
         except (LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder}: its files are damaged ({error!r})") from None
-    return DataFrame(rows)
+    table = DataFrame(rows)
+    return table[sorted(table, key=lambda name: name in NEWEST)]
 
 
 def results_of(folder: Path) -> dict[str, Any]:
@@ -166,11 +170,13 @@ def results_of(folder: Path) -> dict[str, Any]:
     from pandas import DataFrame, read_csv
 
     about, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
-    rounds = read_csv(folder / "rounds.csv").drop(columns=["round", "active"])
+    rounds = read_csv(folder / "rounds.csv")
+    since = steady(rounds, read_csv(folder / "clients.csv", usecols=["round", "client", "active"]))
+    last = since.tail(LAST).drop(columns=["round", "active"])
     found = identity(about) | {"attackers": len(summary["malicious"])}
     found |= {name: summary[name] for name in ("complete", *DETECTION)}
-    found |= {name: rounded(value) for name, value in rounds.tail(LAST).mean().items()}
-    found["fluctuation"] = rounded(rounds["honest_accuracy"].tail(LAST + 1).diff().std())
+    found |= {name: rounded(value) for name, value in last.mean().items()}
+    found["fluctuation"] = rounded(since["honest_accuracy"].tail(LAST + 1).diff().std())
     for change, name in product(summary["jumps"][:1], ("loss", "accuracy")):
         found |= {f"jump_{name}": change[name]["total"], f"jump_{name}_model": change[name]["model"]}
     for name, value in DataFrame(filter(None, (summary["membership"] or {}).values())).mean().items():
@@ -178,8 +184,7 @@ def results_of(folder: Path) -> dict[str, Any]:
     found |= {"last": len(rounds), "data": about["data"]["name"]}
     code = [part["git"] for part in (about, *about.get("resumed", []))]  # another commit may have continued the run
     found["commit"] = ", ".join(dict.fromkeys(str(part["commit"]) for part in code))
-    found["dirty"] = any(part["dirty"] for part in code)
-    return found
+    return found | {"dirty": any(part["dirty"] for part in code), "averaged": len(last)}
 
 
 def over_seeds(table: Any) -> Any:
@@ -199,11 +204,6 @@ def in_words(values: Any, decimals: int) -> str:
     deviation = f" ± {known.std():.{decimals}f}" if len(known) > 1 else ""
     of = f" (of {len(known)})" if len(known) < len(values) else ""
     return f"{known.mean():.{decimals}f}{deviation}{of}" if len(known) else ""
-
-
-def span(table: Any) -> int:
-    """The number of last rounds over which a `tidy` frame has means."""
-    return min(LAST, int(table["last"].max()))
 
 
 def markdown(texts: Any, heading: str) -> str:
@@ -239,7 +239,8 @@ def heading(name: str, table: Any, command: str) -> str:
         f"# {name}: {EXPERIMENTS[name].about}\n\n"
         f"`{command}`; {', '.join(table.data.unique())}; {table.rounds.max()} rounds; seeds {seeds}; "
         f'commit {commits}{dirty}. Mean ± sample standard deviation over the seeds. "(of N)": averaged over the N runs '
-        f"that have this value. Losses and accuracies are means over the last {span(table)} rounds."
+        f"that have this value. Losses and accuracies are means over the last {span(table)} rounds, "
+        f"without rounds before the last exclusion."
         f"{scaled(name, table)}{ended}"
     )
 

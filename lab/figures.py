@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from harness.drawing import COLOURS, HONEST, band, bundles, new_figure, prepare
-from harness.runs import JUMP_PARTS, METRICS, OTHERS, Run, read_grid, title
+from harness.runs import JUMP_PARTS, METRICS, OTHERS, Run, read_grid, span, title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -151,8 +151,7 @@ def grid_figures(path: Path) -> Iterator[tuple[str, Figure]]:
         return
     seeds = ", ".join(map(str, sorted(table["seed"].unique())))
     data, rounds = (" and ".join(map(str, table[name].unique())) for name in ("data", "rounds"))
-    span = int(min(10, table["last"].max()))  # as in the table
-    metric, share = f"last {span} of {rounds} rounds, mean ± standard deviation", f"after {rounds} rounds, mean"
+    metric, share = f"last {span(table)} of {rounds} rounds, mean ± standard deviation", f"after {rounds} rounds, mean"
     for name, heading in (METRICS | {"right": "Share of clients judged correctly, and who was excluded"}).items():
         about = f"{data}, {share if name == 'right' else metric} over seeds {seeds}"
         figure, ax = new_figure(height=2 + 0.42 * rows, width=max(8, 3.5 + 0.85 * columns))

@@ -81,7 +81,7 @@ def test_seeds_are_summed_up_by_hand(capsys):
 
     Runs that were cut short are left out.
     """
-    runs = table(0.5, 0.7, 9.0, complete=[True, True, False], true_exclusions=[2, 1, 0], last=40)
+    runs = table(0.5, 0.7, 9.0, complete=[True, True, False], true_exclusions=[2, 1, 0], averaged=[4, 10, 1])
     (texts,) = over_seeds(runs).to_dict("records")
     assert texts == {"seeds": 2, "loss": "0.600 ± 0.141", "precision": "", "attackers out": "1.5 ± 0.7"}
     assert over_seeds(table(0.5)).loss.tolist() == ["0.500"]  # one seed has no standard deviation
@@ -90,11 +90,31 @@ def test_seeds_are_summed_up_by_hand(capsys):
     report_seeds(runs)
     assert capsys.readouterr().out.splitlines() == [
         "",
-        "Last 10 rounds: mean ± standard deviation over seeds",
+        "Last 4 to 10 rounds: mean ± standard deviation over seeds",
         "a, 2 seeds",
         "             attackers out         1.5 ± 0.7",
         "             loss                  0.600 ± 0.141",
     ]
+
+
+def test_a_run_s_means_start_at_its_last_exclusion(tmp_path):
+    """Client 1 leaves in round 4 of 6, so rounds 4 to 6 count: accuracies 0.7, 0.8 and 1.0.
+
+    Their mean is 2.5 / 3. Their changes 0.1 and 0.2 have the sample standard deviation 0.05 * sqrt 2.
+    """
+    accuracies = [0.1, 0.2, 0.3, 0.7, 0.8, 1.0]
+    rounds = [{"round": t, "active": 2 - (t > 3), "honest_accuracy": a} for t, a in enumerate(accuracies, 1)]
+    clients = [(t, client, int(client == 0 or t < 4)) for t in range(1, 7) for client in (0, 1)]
+    pd.DataFrame(rounds).to_csv(tmp_path / "rounds.csv", index=False)
+    pd.DataFrame(clients, columns=["round", "client", "active"]).to_csv(tmp_path / "clients.csv", index=False)
+    known = {"malicious": [1], "complete": True, "jumps": [], "membership": None}
+    known |= dict.fromkeys(experiments.DETECTION)
+    (tmp_path / "summary.json").write_text(json.dumps(known))
+    about = {"settings": {}, "data": {"name": "phantom"}, "git": {"commit": "abc", "dirty": False}}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    run = experiments.results_of(tmp_path)
+    assert (run["averaged"], run["last"], run["honest_accuracy"]) == (3, 6, 0.833333)
+    assert run["fluctuation"] == pytest.approx(0.05 * 2**0.5, rel=1e-5)
 
 
 def test_a_table_in_markdown_by_hand():
@@ -119,8 +139,10 @@ def test_an_experiment_writes_its_tables(quick, grid, tmp_path, capsys):
         config = Config(rounds=4, mad_start=2, clients=4, malicious=run.malicious, dataset="phantom", seed=run.seed)
         folder = tmp_path / "grid" / config.name
         rounds, summary = pd.read_csv(folder / "rounds.csv"), json.loads((folder / "summary.json").read_text())
-        assert run.honest_accuracy == pytest.approx(rounds.honest_accuracy.mean(), rel=1e-5)
-        assert run.fluctuation == pytest.approx(rounds.honest_accuracy.diff().std(), rel=1e-5)
+        since = rounds[1:] if summary["excluded"] else rounds  # the attacker is out in round 2
+        assert run.averaged == len(since) == summary["last_50_rounds"]
+        assert run.honest_accuracy == pytest.approx(since.honest_accuracy.mean(), rel=1e-5)
+        assert run.fluctuation == pytest.approx(since.honest_accuracy.diff().std(), rel=1e-5)
         if summary["jumps"]:
             assert run.jump_loss_model == summary["jumps"][0]["loss"]["model"]
             assert run.jump_accuracy == summary["jumps"][0]["accuracy"]["total"]
@@ -130,7 +152,8 @@ def test_an_experiment_writes_its_tables(quick, grid, tmp_path, capsys):
     assert text.startswith(
         "# grid: two by one\n\n`python madsim.py --experiment grid --clients 4 --dataset phantom --seeds 2`;"
     )
-    assert "seeds 0, 1; commit " in text and "over the last 4 rounds" in text
+    assert "seeds 0, 1; commit " in text and "over the last 3 to 4 rounds, without rounds before" in text
+    assert "\ntwo by one; last 3 to 4 rounds, mean" in out and runs.columns[-1] == "averaged"
     assert text.count("| MAD from 2 |") == 2
     resumed = next(path for path in (tmp_path / "grid").glob("*s1/config.json"))
     about = json.loads(resumed.read_text())

@@ -152,6 +152,15 @@ def test_of_one_seed_no_deviation_and_what_ended_early_is_left_out(tmp_path):
     assert figures.cell_texts(table, "test_accuracy")["never", "flip"] == "0.800"
 
 
+@pytest.mark.parametrize(
+    ("columns", "said"), [({}, "last 10 of"), ({"averaged": [4, 9] * 4}, "last 4 to 9 of"), ({"last": 7}, "last 7 of")]
+)
+def test_heat_maps_say_how_many_rounds_their_means_cover(tmp_path, columns, said):
+    """A table of an earlier version has no column `averaged`. Its means are over ten rounds, or over all if fewer."""
+    drawn = dict(figures.grid_figures(write_grid(tmp_path / "table.csv", **columns)))
+    assert f"PneumoniaMNIST, {said} 40 rounds, mean ±" in drawn["grid-test_accuracy"].get_suptitle()
+
+
 @pytest.mark.slow
 def test_an_experiment_of_many_runs_is_drawn_as_heat_maps_alone(tmp_path, capsys):
     for kind in range(plot.MOST_LINES + 1):

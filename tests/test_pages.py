@@ -168,7 +168,8 @@ def test_a_report_holds_table_figures_and_settings(tmp_path, capsys):
     assert str(tmp_path / "r" / "figures" / "report.html") in printed
     for words in ("attacker 2 in round 3", "MAD from round 3", "label_flip, 0.2 of the clients", "nobody"):
         assert f"<td>{words}</td>" in page, words
-    assert "<td>0.475</td>" in page  # the mean of LOSS
+    assert "<td>last 2</td>" in page and "<td>0.150</td>" in page  # the mean of LOSS from the exclusion on
+    assert "<td>last 4</td>" in page and "<td>0.475</td>" in page  # in the other run, nobody is excluded
     assert "<i>" not in page and "&lt;i&gt;" in page
     assert page.count("<img ") == printed.count(".png") > 3
     assert "&quot;mad_start&quot;: 3" in page and "&quot;seed&quot;: 7" in page

@@ -340,6 +340,24 @@ def test_find_runs_at_any_depth(tmp_path):
     assert plot.find_runs(str(flat)) == [flat]
 
 
+@pytest.mark.parametrize(
+    ("gone", "kept"),
+    [
+        ({}, [1, 2, 3, 4]),
+        ({2: [3, 4]}, [3, 4]),  # the round of the exclusion already runs without the client
+        ({2: [4]}, [4]),
+        ({2: [1, 2, 3, 4]}, [1, 2, 3, 4]),
+        ({1: [2, 3], 2: [3]}, [4]),  # both come back in round 4, as excluded clients that are observed may
+        ({1: [2], 2: [3]}, [4]),
+        ({1: [2, 4], 2: [3]}, [4]),  # as many clients as in round 3, but others
+    ],
+)
+def test_the_rounds_since_the_last_change_of_the_active_clients(gone, kept):
+    rows = [(t, client, int(t not in gone.get(client, []))) for t in (1, 2, 3, 4) for client in (0, 1, 2)]
+    clients = pandas.DataFrame(rows, columns=["round", "client", "active"])
+    assert runs.steady(pandas.DataFrame({"round": [1, 2, 3, 4]}), clients)["round"].tolist() == kept
+
+
 def test_all_figures_are_written_and_named(tmp_path, capsys):
     make_run(tmp_path / "mad3-malicious0.1-s0", samples=True)
     make_run(tmp_path / "fig3a" / "mad3-s0")

@@ -3,6 +3,7 @@
 A cell of a grid is a set of options as on the command line. Its results are read from the folders of its runs.
 """
 
+import re
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -28,10 +29,13 @@ TABLED = {  # columns of an experiment's Markdown table: heading and decimals
 
 @dataclass(frozen=True)
 class Experiment:
-    """A grid of runs: each row with each column. Both map a name to options, as on the command line."""
+    """A grid of runs: each row with each column. Both map a name to options, as on the command line.
+
+    A number of rounds in a name has braces, as in "MAD from {80}", so that it can be scaled with the option.
+    """
 
     about: str  # one sentence
-    rounds: int  # the length that the names of rows and columns refer to
+    rounds: int  # the length that the options of rows and columns refer to
     rows: dict[str, dict]
     columns: dict[str, dict]
 
@@ -40,23 +44,31 @@ class Experiment:
         return {name for part in (*self.rows.values(), *self.columns.values()) for name in part}
 
     def cells(self, given: dict) -> dict[tuple[str, str], dict]:
-        """The options of each cell by row and column: the `given` ones and its own, scaled to the `given` rounds."""
+        """The options of each cell by row and column: the `given` ones and its own, scaled to the `given` rounds.
+
+        Rows or columns whose rounds become the same have one name then, and are one.
+        """
         rounds = given.get("rounds", self.rounds)
+
+        def scaled(number: int | str) -> int:
+            return max(1, round(int(number) * rounds / self.rounds))
+
+        def named(text: str) -> str:
+            return re.sub(r"\{(\d+)\}", lambda number: str(scaled(number[1])), text)
+
         found = {}
         for row, column in product(self.rows, self.columns):
             own = self.rows[row] | self.columns[column]
-            for name in ("mad_start", "attack_start", "attack_period"):
-                if own.get(name):
-                    own[name] = max(1, round(own[name] * rounds / self.rounds))
+            own |= {name: scaled(own[name]) for name in ("mad_start", "attack_start", "attack_period") if own.get(name)}
             if own.get("membership"):
                 own["membership"] = max(1, min(own["membership"], rounds))
-            found[row, column] = given | {"rounds": rounds} | own
+            found[named(row), named(column)] = given | {"rounds": rounds} | own
         return found
 
 
 def mad_from(*starts: int | None) -> dict[str, dict]:
     """Rows or columns that differ in the round in which MAD starts (None: never)."""
-    return {f"MAD from {start}" if start else "never": {"mad_start": start} for start in starts}
+    return {f"MAD from {{{start}}}" if start else "never": {"mad_start": start} for start in starts}
 
 
 def dropped_or_observed(name: str, options: dict) -> dict[str, dict]:
@@ -104,8 +116,8 @@ EXPERIMENTS = {
         | {
             "label_flip of 50 %": FLIP | {"flip": 0.5},
             "label_flip of 30 %": FLIP | {"flip": 0.3},
-            "label_flip from round 30": FLIP | {"attack_start": 30},
-            "label_flip, 5 rounds on, 5 off": FLIP | {"attack_period": 5},
+            "label_flip from round {30}": FLIP | {"attack_start": 30},
+            "label_flip, {5} rounds on, {5} off": FLIP | {"attack_period": 5},
             "alie, 40 % malicious": FLIP | {"attack": "alie", "malicious": 0.4},
             "hug, 40 % malicious": FLIP | {"attack": "hug", "malicious": 0.4},
         },
@@ -221,7 +233,7 @@ def tabulate(folder: Path, cells: list[tuple[Path, str, str]], command: str) -> 
     texts, about = over_seeds(table), EXPERIMENTS[folder.name].about
     replace_file(folder / "table.csv", table.to_csv(index=False).encode())
     replace_file(folder / "table.md", markdown(texts, heading(folder.name, table, command)).encode())
-    print(f"\n{about}; last {span(table)} rounds, mean ± standard deviation over seeds.{scaled(folder.name, table)}")
+    print(f"\n{about}; last {span(table)} rounds, mean ± standard deviation over seeds.")
     print(texts[["seeds", "attackers out", "honest out", "honest accuracy", "test accuracy"]].to_string())
     print(f"Tables       {folder / 'table.md'}, {folder / 'table.csv'}")
     print(f"Figures      python {script('plot.py')} {folder}")
@@ -240,12 +252,5 @@ def heading(name: str, table: Any, command: str) -> str:
         f"`{command}`; {', '.join(table.data.unique())}; {table.rounds.max()} rounds; seeds {seeds}; "
         f'commit {commits}{dirty}. Mean ± sample standard deviation over the seeds. "(of N)": averaged over the N runs '
         f"that have this value. Losses and accuracies are means over the last {span(table)} rounds, "
-        f"without rounds before the last exclusion."
-        f"{scaled(name, table)}{ended}"
+        f"without rounds before the last exclusion.{ended}"
     )
-
-
-def scaled(name: str, table: Any) -> str:
-    """A sentence for an experiment that ran another number of rounds than its names say; else empty."""
-    own, rounds = EXPERIMENTS[name].rounds, int(table.rounds.max())
-    return f" Round numbers in the names refer to {own} rounds; here they were scaled to {rounds}." * (own != rounds)

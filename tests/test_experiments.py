@@ -33,7 +33,20 @@ def test_experiments_are_the_papers():
         *((100, start, 0.2) for start in (5, 20, 40, 60, 80, None)), (100, None, 0.0),
     ]  # fmt: skip
     assert [(c.rounds, c.mad_start) for c in cells("fig3c").values()] == [(1000, 10), (1000, 500)]
-    assert [c.mad_start for c in cells("fig3a", rounds=20).values()][:6] == [1, 4, 8, 12, 16, None]
+    assert {name: c.mad_start for (name, _), c in cells("fig3a").items() if c.mad_start} == {
+        f"MAD from {start}": start for start in (5, 20, 40, 60, 80)
+    }
+
+
+def test_names_say_the_rounds_that_are_run():
+    """fig3a has 100 rounds. Of 20 rounds, a fifth of each start is left. Of 4 rounds, 5 and 20 both become round 1."""
+    starts = {name: c.mad_start for (name, _), c in cells("fig3a", rounds=20).items()}
+    never = {"never": None, "no attack": None}
+    assert starts == {f"MAD from {start}": start for start in (1, 4, 8, 12, 16)} | never
+    starts = {name: c.mad_start for (name, _), c in cells("fig3a", rounds=4).items()}
+    assert starts == {f"MAD from {start}": start for start in (1, 2, 3)} | never
+    assert len(cells("readings", rounds=1)) == 13 * 3  # MAD from 5 and from 40 are one column
+    assert "{" not in "".join(row + column for name in EXPERIMENTS for row, column in cells(name))
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -53,8 +66,8 @@ def test_cells_are_what_their_names_say():
     assert defences["mean, MAD from 5", "no attack"] == Config(rounds=40, mad_start=5, malicious=0.0)
     assert {c.attack for c in attacks.values()} == ATTACKS.keys() - {"nan"} == {c.attack for c in defences.values()}
     late, on_off = (
-        attacks["label_flip from round 30", "never"],
-        attacks["label_flip, 5 rounds on, 5 off", "MAD from 10"],
+        attacks["label_flip from round 15", "never"],
+        attacks["label_flip, 2 rounds on, 2 off", "MAD from 5"],
     )
     assert late.attack_start == 15  # half as many rounds, so half of round 30
     assert (on_off.attack_period, on_off.mad_start) == (2, 5)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import pages
-from harness.console import as_command
+from harness.console import as_command, say
 from harness.drawing import HONEST, LINES, band, band_title, bundles, line, new_figure, over_seeds, prepare, save
 from harness.runs import CURVES, LABELS, SCORES, Run, by_start, find_runs, load_run, load_runs, strategy, title  # noqa: F401  for notebooks, as above
 from lab.figures import FIGURES, grid_figures
@@ -173,7 +173,7 @@ def figures(runs: Sequence[Run], folder: Path) -> Iterator[tuple[Path, Figure]]:
             yield group / name, figure
         if len(kinds := bundles(members)) > MOST_LINES:
             many = f"{len(kinds)} kinds of runs are too many for one figure of lines"
-            print(f"{folder / group}: {many}; copy the runs that you want to compare into one folder", file=sys.stderr)
+            say(f"{folder / group}: {many}; copy the runs that you want to compare into one folder", sys.stderr)
             if (folder / group / "table.csv").is_file():  # the heat maps of an experiment show its runs
                 continue
         else:
@@ -250,7 +250,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` has read enough
         raise
     except OSError as error:
-        print(f"plot: {error}", file=sys.stderr)
+        say(f"plot: {error}", sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

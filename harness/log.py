@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from harness.console import fold
 from harness.folder import (
     CHECKPOINT,
     identity,
@@ -177,7 +178,8 @@ class Log:
         length = float(np.median(self.seconds[-SLOW_AFTER:]))
         if length > SLOW * usual_seconds(self.config) and self.members.threads > 1:
             hint = "if other programs are busy, stop (Ctrl-C) and continue with --threads 1"
-            self.bar.write(f"A round takes {length:.1f} s, which is slow: {hint}", file=sys.stderr)
+            text = fold(f"A round takes {length:.1f} s, which is slow: {hint}", sys.stderr)
+            self.bar.write(text, file=sys.stderr)
 
     def _points(self, t: int, W: np.ndarray, scores: State, before: np.ndarray) -> list[list]:
         """The rows of plane.csv: the submissions W [C, P] as points of the `plane`. `before` are the last points."""

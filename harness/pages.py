@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from harness.console import say
 from harness.folder import plain
 from harness.runs import CURVES, Run, by_start, read_table, steady, strategy, title
 
@@ -29,7 +30,7 @@ def write_players(runs: list[Run], folder: Path, out: Path) -> int:
         try:
             page = play(run)
         except ValueError as error:
-            print(f"{run.folder}: not played, {error}", file=sys.stderr)
+            say(f"{run.folder}: not played, {error}", sys.stderr)
             continue
         path = out / run.folder.relative_to(folder).parent / f"play-{run.name}.html"
         path.parent.mkdir(parents=True, exist_ok=True)

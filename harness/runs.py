@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from harness.console import say
 from harness.folder import read_json
 
 CURVES = ("loss", "accuracy", "honest_accuracy")
@@ -81,10 +82,14 @@ class Run:
     def data(self) -> str:
         """The name of the data set. It says so if the phantom replaced the real one."""
         data = self.config.get("data") or {}
-        name = data.get("name") or self.config.get("dataset") or "unknown data set"
-        if name != "phantom":
-            return name
-        return "phantom images, PneumoniaMNIST was not available" if data.get("note") else "phantom images"
+        return data_in_words(data.get("name") or self.config.get("dataset") or "unknown data set", data.get("note"))
+
+
+def data_in_words(name: str, note: str | None) -> str:
+    """The name of a data set as results show it. `note`: why the phantom replaced the real data, if it did."""
+    if name != "phantom":
+        return name
+    return "phantom images, PneumoniaMNIST was not available" if note else "phantom images"
 
 
 def find_runs(folder: str | Path) -> list[Path]:
@@ -103,18 +108,18 @@ def load_runs(folder: Path) -> list[Run]:
     """The runs at or below `folder`. One line per run on standard error names what can't be drawn."""
     runs, found = [], find_runs(folder)
     for path in sorted({path.parent for path in folder.rglob("config.json")} - set(found)):
-        print(f"{path}: not drawn, it holds no rounds.csv", file=sys.stderr)
+        say(f"{path}: not drawn, it holds no rounds.csv", sys.stderr)
     for path in found:
         try:
             run = load_run(path)
         except (ValueError, OSError) as error:
-            print(f"{path}: not drawn, {str(error).removeprefix(f'{path}/')}", file=sys.stderr)
+            say(f"{path}: not drawn, {str(error).removeprefix(f'{path}/')}", sys.stderr)
             continue
         runs.append(run)
         if lacking := shortcomings(run):
-            print(f"{path}: {lacking}", file=sys.stderr)
+            say(f"{path}: {lacking}", sys.stderr)
     if not any(run.samples for run in runs):
-        print(f"{folder}: no run has a readable samples.npz, so fig2 is not drawn", file=sys.stderr)
+        say(f"{folder}: no run has a readable samples.npz, so fig2 is not drawn", sys.stderr)
     return runs
 
 

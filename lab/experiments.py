@@ -9,14 +9,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from harness.folder import identity, read_json, replace_file, rounded, script
-from harness.runs import span, steady
+from harness.folder import identity, read_json, replace_file, rounded
+from harness.runs import data_in_words, span, steady
 from lab.attacks import ATTACKS
 from lab.rules import RULES
 
 LAST = 10  # ours: the largest number of last rounds over which a table takes the means of a run
 DETECTION = ("true_exclusions", "false_exclusions", "precision", "recall", "rounds_to_detection")
-NEWEST = ("averaged",)  # these columns stay at the end, also if some runs have more columns than the first one
+NEWEST = ("averaged", "last_exclusion")  # these columns come last, also if a later run has more columns than the first
 TABLED = {  # columns of an experiment's Markdown table: heading and decimals
     "true_exclusions": ("attackers out", 1), "false_exclusions": ("honest out", 1),
     "precision": ("precision", 2), "recall": ("recall", 2), "rounds_to_detection": ("rounds to detection", 1),
@@ -193,10 +193,11 @@ def results_of(folder: Path) -> dict[str, Any]:
         found |= {f"jump_{name}": change[name]["total"], f"jump_{name}_model": change[name]["model"]}
     for name, value in DataFrame(filter(None, (summary["membership"] or {}).values())).mean().items():
         found[f"held_{name}"] = rounded(value)  # mean over the attackers
-    found |= {"last": len(rounds), "data": about["data"]["name"]}
+    found |= {"last": len(rounds), "data": data_in_words(about["data"]["name"], about["data"].get("note"))}
     code = [part["git"] for part in (about, *about.get("resumed", []))]  # another commit may have continued the run
     found["commit"] = ", ".join(dict.fromkeys(str(part["commit"]) for part in code))
-    return found | {"dirty": any(part["dirty"] for part in code), "averaged": len(last)}
+    found |= {"dirty": any(part["dirty"] for part in code), "averaged": len(last)}
+    return found | {"last_exclusion": max(summary["excluded"].values(), default=float("nan"))}
 
 
 def over_seeds(table: Any) -> Any:
@@ -225,18 +226,18 @@ def markdown(texts: Any, heading: str) -> str:
     return "\n".join([heading, "", *(f"| {' | '.join(cells)} |" for cells in lines), ""])
 
 
-def tabulate(folder: Path, cells: list[tuple[Path, str, str]], command: str) -> None:
-    """Write table.csv (one row per run) and table.md (one row per cell) of an experiment, and print a short table."""
+def tabulate(folder: Path, cells: list[tuple[Path, str, str]], command: str = "") -> Any:
+    """Write table.csv, one row per run, into the folder of the runs, and return its frame, see `tidy`.
+
+    With the `command` of an experiment, write table.md too, one row per cell. Nothing is written if no run has results.
+    """
     table = tidy(cells)
-    if table.empty:
-        return
-    texts, about = over_seeds(table), EXPERIMENTS[folder.name].about
-    replace_file(folder / "table.csv", table.to_csv(index=False).encode())
-    replace_file(folder / "table.md", markdown(texts, heading(folder.name, table, command)).encode())
-    print(f"\n{about}; last {span(table)} rounds, mean ± standard deviation over seeds.")
-    print(texts[["seeds", "attackers out", "honest out", "honest accuracy", "test accuracy"]].to_string())
-    print(f"Tables       {folder / 'table.md'}, {folder / 'table.csv'}")
-    print(f"Figures      python {script('plot.py')} {folder}")
+    if not table.empty:
+        replace_file(folder / "table.csv", table.to_csv(index=False).encode())
+        if command:
+            text = markdown(over_seeds(table), heading(folder.name, table, command))
+            replace_file(folder / "table.md", text.encode())
+    return table
 
 
 def heading(name: str, table: Any, command: str) -> str:

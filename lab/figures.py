@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from harness.console import say
 from harness.drawing import COLOURS, HONEST, band, bundles, new_figure, prepare
 from harness.runs import JUMP_PARTS, METRICS, OTHERS, Run, read_grid, span, title
 
@@ -144,7 +145,7 @@ def grid_figures(path: Path) -> Iterator[tuple[str, Figure]]:
     try:
         table = read_grid(path)
     except (ValueError, OSError) as error:
-        print(f"{path}: not drawn, {' '.join(str(error).split())}", file=sys.stderr)
+        say(f"{path}: not drawn, {' '.join(str(error).split())}", sys.stderr)
         return
     rows, columns = table["row"].nunique(), table["column"].nunique()
     if rows < 2 or columns < 2:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import reprlib
 import sys
 import textwrap
@@ -33,7 +34,7 @@ OF_ATTACKS = ("attack", "malicious", "flip", "attack_start", "attack_period")
 # Labels of runs name these if they differ: the data, fields of config.json, and MAD's settings.
 TELLING = ["data", *OF_ATTACKS, "clients", "partition", "concentration", "rounds", "epochs", "batch_size", "lr"]
 TELLING += ["clusters", "scale_floor", "threshold", "excluded"]
-TITLE_WIDTH = 110  # characters per line below a title
+TITLE_WIDTH = 105  # characters per line below a title: as many as fit beside the axis of the narrowest figure
 SAMPLE_BYTES = 100_000  # the largest accepted samples.npz, unpacked; madsim writes 3678 bytes
 # The types of the fields of config.json that are read here.
 KINDS = {
@@ -48,8 +49,8 @@ class Run:
 
     folder: Path
     config: dict
-    rounds: Any  # "round" and CURVES; one row per round
-    clients: Any  # "round", "client", "malicious", "active" and SCORES; one row per round and client
+    rounds: Any  # all columns of rounds.csv; one row per round
+    clients: Any  # all columns of clients.csv; one row per round and client
     samples: tuple[NDArray, NDArray] | None  # images uint8 [4, 28, 28] and their labels [4]
     jump: dict | None  # at the first exclusion: its round, and loss and accuracy, each with its JUMP_PARTS
     membership: Any  # "round", and advantage, error and chance for each of OTHERS; empty if not measured
@@ -93,21 +94,34 @@ def data_in_words(name: str, note: str | None) -> str:
 
 
 def find_runs(folder: str | Path) -> list[Path]:
-    """All run folders at or below `folder`, sorted. Raises FileNotFoundError if there is none."""
+    """All run folders at or below `folder`, in the order of `natural`. Raises FileNotFoundError if there is none."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; give a folder with results of madsim.py")
     configs = [path for path in folder.rglob("config.json") if path.is_file()]
-    runs = sorted(path.parent for path in configs if (path.parent / "rounds.csv").is_file())
+    runs = sorted((path.parent for path in configs if (path.parent / "rounds.csv").is_file()), key=natural)
     if not runs:
         raise FileNotFoundError(f"{folder} holds no run: no folder in it has a config.json and a rounds.csv")
     return runs
 
 
-def load_runs(folder: Path) -> list[Run]:
-    """The runs at or below `folder`. One line per run on standard error names what can't be drawn."""
-    runs, found = [], find_runs(folder)
-    for path in sorted({path.parent for path in folder.rglob("config.json")} - set(found)):
+def natural(path: Path) -> list:
+    """The sorting key for paths with numbers in their names: mad5, mad20, mad100."""
+    return [[int(word) if word.isdecimal() else word for word in re.split(r"(\d+)", part)] for part in path.parts]
+
+
+def load_runs(folder: Path, tables: bool = False) -> list[Run]:
+    """The runs at or below `folder`. One line per run on standard error names what can't be drawn.
+
+    With `tables`, a folder that holds no run but a table.csv has no runs. Else it raises FileNotFoundError.
+    """
+    try:
+        runs, found = [], find_runs(folder)
+    except FileNotFoundError:
+        if tables and any(folder.rglob("table.csv")):
+            return []
+        raise
+    for path in sorted({path.parent for path in folder.rglob("config.json")} - set(found), key=natural):
         say(f"{path}: not drawn, it holds no rounds.csv", sys.stderr)
     for path in found:
         try:
@@ -127,8 +141,9 @@ def load_run(folder: str | Path) -> Run:
     """Read a run's folder, complete or not. Raises ValueError if its config.json is damaged."""
     folder = Path(folder)
     config = read_config(folder / "config.json")
-    rounds = read_table(folder / "rounds.csv", ["round"], CURVES)
-    clients = read_table(folder / "clients.csv", ["round", "client", "malicious"], ["active", *SCORES, "train_loss"])
+    rounds = read_table(folder / "rounds.csv", ["round"], CURVES, rest=True)
+    keys, values = ["round", "client", "malicious"], ["active", *SCORES, "train_loss"]
+    clients = read_table(folder / "clients.csv", keys, values, rest=True)
     measured = [f"{name}_{kind}" for name in OTHERS for kind in ("advantage", "error", "chance")]
     membership = read_table(folder / "membership.csv", ["round"], measured).dropna()
     samples, jump = read_samples(folder / "samples.npz"), read_jump(folder / "summary.json")
@@ -151,8 +166,11 @@ def read_config(path: Path) -> dict:
     return config
 
 
-def read_table(path: Path, keys: Sequence[str], values: Sequence[str]) -> Any:
-    """These columns of a CSV file as numbers. Rows without all `keys` are left out. A missing value is NaN."""
+def read_table(path: Path, keys: Sequence[str], values: Sequence[str], rest: bool = False) -> Any:
+    """These columns of a CSV file, and all others with `rest`, as numbers.
+
+    Rows without all `keys` are left out. A missing value is NaN.
+    """
     import pandas as pd
 
     columns = [*keys, *values]
@@ -161,6 +179,7 @@ def read_table(path: Path, keys: Sequence[str], values: Sequence[str]) -> Any:
     options: dict[str, Any] = {"index_col": False, "on_bad_lines": "skip", "quoting": csv.QUOTE_NONE}
     with warnings.catch_warnings(action="ignore"):  # pandas warns of rows that are longer than the heading
         table = pd.read_csv(io.StringIO(complete or ",".join(columns)), low_memory=False, **options)
+    columns += [name for name in table if name not in columns] * rest
     table = table.reindex(columns=columns).apply(pd.to_numeric, errors="coerce")
     numbers = table[list(keys)]  # rounds and clients have whole numbers
     table = table[((numbers >= 0) & (numbers < 2**31) & (numbers % 1 == 0)).all(axis=1)]
@@ -263,17 +282,27 @@ def variants(runs: Sequence[Run]) -> list[str]:
     return [f"{key[0]} ({run.name})" if count[key] > 1 else key[0] for key, run in zip(keys, runs)]
 
 
-def title(subject: str, runs: Sequence[Run]) -> str:
-    """`subject`, and below it the data set, rounds and seeds of the runs."""
+def title(subject: str, runs: Sequence[Run], note: str = "") -> str:
+    """`subject`, and below it the data set, rounds and seeds of the runs, and a note."""
     data = " and ".join(dict.fromkeys(run.data for run in runs))
     length = " and ".join(dict.fromkeys(run.length for run in runs))
     seeds = sorted({run.config["seed"] for run in runs if "seed" in run.config})
     word = {0: "seed unknown", 1: "seed "}.get(len(seeds), "seeds ")
-    about = f"{data}, {length}, {word}{', '.join(map(str, seeds))}"
+    return titled(subject, f"{data}, {length}, {word}{', '.join(map(str, seeds))}{note}")
+
+
+def titled(subject: str, about: str) -> str:
+    """`subject`, and below it `about` in lines that fit the figure."""
     return "\n".join([subject, *textwrap.wrap(about, TITLE_WIDTH)])
 
 
 def by_start(run: Run) -> tuple:
     """The sorting key for the paper's order: from the earliest MAD start to never, then without attack."""
     start = run.config.get("mad_start")
-    return run.config.get("malicious") == 0, start is None, start or 0, run.config.get("seed") or 0, run.name
+    return (
+        run.config.get("malicious") == 0,
+        start is None,
+        start or 0,
+        run.config.get("seed") or 0,
+        natural(Path(run.name)),
+    )

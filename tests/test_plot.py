@@ -358,6 +358,26 @@ def test_the_rounds_since_the_last_change_of_the_active_clients(gone, kept):
     assert runs.steady(pandas.DataFrame({"round": [1, 2, 3, 4]}), clients)["round"].tolist() == kept
 
 
+def test_runs_come_in_the_order_of_their_numbers(tmp_path):
+    names = ["mad5-s0", "mad5-s2", "mad5-s10", "mad20-s0", "mad100-s0", "nomad-s0"]
+    folders = [make_run(tmp_path / f"set{number}" / name) for number in (9, 10) for name in names]
+    assert plot.find_runs(tmp_path) == folders
+    runs = [plot.load_run(folder) for folder in reversed(folders)]
+    drawn = [name for name, _ in plot.figures(runs, tmp_path) if name.name.startswith("trust")]
+    assert drawn == [Path(f"set{number}") / f"trust-{name}" for number in (9, 10) for name in names]
+
+
+def test_a_run_is_loaded_with_all_columns_of_its_files(tmp_path):
+    folder = make_run(tmp_path / "a")
+    write_csv(folder / "rounds.csv", ["round", "test_auc", "loss", "note"], [(1, 0.75, 0.5, "fine"), (2, "", 0.25, "")])
+    write_csv(folder / "clients.csv", [*CLIENT_COLUMNS, "distance"], [(*CLIENT_ROWS[0], 1.5)])
+    run = plot.load_run(folder)
+    assert list(run.rounds.columns) == ["round", "loss", "accuracy", "honest_accuracy", "test_auc", "note"]
+    assert run.rounds["test_auc"].tolist() == [0.75, pytest.approx(float("nan"), nan_ok=True)]
+    assert run.rounds[["accuracy", "note"]].isna().all(axis=None)  # a missing column, and words
+    assert run.clients["distance"].tolist() == [1.5] and run.clients["train_loss"].isna().all()
+
+
 def test_all_figures_are_written_and_named(tmp_path, capsys):
     make_run(tmp_path / "mad3-malicious0.1-s0", samples=True)
     make_run(tmp_path / "fig3a" / "mad3-s0")

@@ -18,10 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 import plot
 from harness import runs
-from harness.runs import variants
+from harness.runs import TITLE_WIDTH, variants
 
 HERE = Path(plot.__file__).parent
 LOSS = [0.9, 0.7, 0.2, 0.1]
@@ -214,7 +215,7 @@ def test_label_tells_runs_of_other_data_or_settings_apart(tmp_path):
 def test_a_long_title_is_wrapped(tmp_path):
     runs = [loaded(tmp_path / str(seed), seed=seed * 10**9) for seed in range(1, 20)]
     first, *rest = plot.title("Loss", runs).splitlines()
-    assert first == "Loss" and len(rest) > 1 and max(map(len, rest)) <= 110
+    assert first == "Loss" and len(rest) > 1 and max(map(len, rest)) <= TITLE_WIDTH
     assert " ".join(rest).endswith(f"seeds {', '.join(str(run.config['seed']) for run in runs)}")
 
 
@@ -401,6 +402,16 @@ def test_one_run_of_its_own_and_another_folder_for_figures(tmp_path, capsys):
     assert (tmp_path / "drawn" / "loss.png").is_file() and (tmp_path / "drawn" / "trust-mad3-s0.svg").is_file()
     assert not (folder / "figures").exists()
     assert "samples.npz" in capsys.readouterr().err
+
+
+def test_a_long_title_is_folded_and_stays_within_the_figure(tmp_path):
+    of_phantom = {"data": "phantom", "note": "no network"}
+    loaded_runs = [loaded(tmp_path / f"s{seed}", seed=seed, **of_phantom) for seed in (0, 10)]
+    (figure,) = (figure for name, figure in plot.comparisons(loaded_runs) if name == "honest_accuracy")
+    figure.draw_without_rendering()
+    texts = [text for text in figure.findobj(Text) if "PneumoniaMNIST was not available" in text.get_text()]
+    assert len(texts) == 1 and texts[0].get_text().count("\n") == 2
+    assert texts[0].get_window_extent().x1 < figure.bbox.x1
 
 
 def test_svg_is_the_same_each_time(tmp_path):

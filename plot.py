@@ -14,16 +14,16 @@ The plot functions take matplotlib Axes and leave the legend to the caller, so a
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import pages
-from harness.console import as_command
+from harness.console import as_command, say
 from harness.drawing import HONEST, LINES, band, band_title, bundles, line, new_figure, over_seeds, prepare, save
-from harness.runs import CURVES, LABELS, SCORES, Run, by_start, find_runs, load_run, load_runs, strategy, title  # noqa: F401  for notebooks, as above
+from harness.runs import CURVES, LABELS, SCORES, Run, by_start, find_runs, load_run, load_runs, natural, strategy, title  # noqa: F401  for notebooks, as above
 from lab.figures import FIGURES, grid_figures
 
 if TYPE_CHECKING:
@@ -162,19 +162,22 @@ def mark_start(ax: Axes, run: Run, **style: Any) -> None:
 def figures(runs: Sequence[Run], folder: Path) -> Iterator[tuple[Path, Figure]]:
     """All figures of the runs at or below `folder`, each with its path below the folder of figures, without suffix."""
 
-    def experiment(run: Run) -> Path:
-        return run.folder.relative_to(folder).parent
-
+    groups: dict[Path, list[Run]] = {path.parent.relative_to(folder): [] for path in folder.rglob("table.csv")}
+    for run in sorted(runs, key=by_start):
+        groups.setdefault(run.folder.relative_to(folder).parent, []).append(run)
     if sampled := [run for run in runs if run.samples]:
         yield Path("fig2"), samples_figure(min(sampled, key=lambda run: run.data.startswith("phantom")))
-    for group, several in groupby(sorted(runs, key=experiment), key=experiment):
-        members = sorted(several, key=by_start)
-        for name, figure in grid_figures(folder / group / "table.csv"):
+    for group in sorted(groups, key=natural):
+        members, maps = groups[group], list(grid_figures(folder / group / "table.csv"))
+        for name, figure in maps:
             yield group / name, figure
+        if not members and not maps:
+            why = "there are no runs, and a heat map needs several rows and columns"
+            say(f"{folder / group}: not drawn, {why}", sys.stderr)
         if len(kinds := bundles(members)) > MOST_LINES:
             many = f"{len(kinds)} kinds of runs are too many for one figure of lines"
-            print(f"{folder / group}: {many}; copy the runs that you want to compare into one folder", file=sys.stderr)
-            if (folder / group / "table.csv").is_file():  # the heat maps of an experiment show its runs
+            say(f"{folder / group}: {many}; copy the runs that you want to compare into one folder", sys.stderr)
+            if maps:  # they show the runs of an experiment
                 continue
         else:
             for name, figure in comparisons(members):
@@ -222,11 +225,11 @@ def scores_figure(run: Run) -> Figure:
 
 def main(argv: list[str] | None = None) -> int:
     """Draw what the command line asks for; returns the exit status."""
-    import matplotlib
-
     parser = argparse.ArgumentParser(prog="plot.py", description="Draw the figures of all runs at or below a folder.")
-    parser.add_argument("folder", type=Path, help="a results folder of madsim.py, or the folder of one run")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where figures are written (default: FOLDER/figures)")
+    about = "a results folder of madsim.py, or the folder of one run; several are drawn one after the other"
+    parser.add_argument("folder", type=Path, nargs="+", help=about)
+    about = "where figures are written (default: FOLDER/figures), with a folder for each of several FOLDERs"
+    parser.add_argument("--out", type=Path, metavar="DIR", help=about)
     parser.add_argument(
         "--report", action="store_true", help="also write report.html: one page with all figures, tables and settings"
     )
@@ -234,28 +237,40 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.play and args.report:
         parser.exit(2, "plot: --play writes no figures, --report needs them; use one after the other\n")
-    out, pictures = args.out or args.folder / "figures", []
-    try:
-        with matplotlib.rc_context({"text.parse_math": False}):  # a $ in the name of a folder is only a $
-            runs = load_runs(args.folder)
-            if args.play:
-                return pages.write_players(runs, args.folder, out)
-            for name, figure in figures(runs, args.folder):
-                pictures.append(save(figure, out / name))
-                print(pictures[-1])
-            if args.report and runs:
-                out.mkdir(parents=True, exist_ok=True)
-                (out / "report.html").write_text(pages.report(runs, pictures, args.folder), encoding="utf-8")
-                print(out / "report.html")
-    except BrokenPipeError:  # `| head` has read enough
-        raise
-    except OSError as error:
-        print(f"plot: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    print(f"{len(pictures)} figure{',' if len(pictures) == 1 else 's, each'} as PNG and SVG")
-    return 0 if pictures else 2
+    common = os.path.commonpath([folder.absolute() for folder in args.folder if folder.is_dir()] or [Path.cwd()])
+    counts = []
+    for folder in args.folder:
+        out = args.out / os.path.relpath(folder, common) if args.out else folder / "figures"
+        try:
+            counts.append(draw(folder, out, args.report, args.play))
+        except BrokenPipeError:  # `| head` has read enough
+            raise
+        except OSError as error:
+            say(f"plot: {error}", sys.stderr)
+        except KeyboardInterrupt:
+            return 130
+    if counts and not args.play:
+        print(f"{sum(counts)} figure{',' if sum(counts) == 1 else 's, each'} as PNG and SVG")
+    return 0 if sum(counts) else 2
+
+
+def draw(folder: Path, out: Path, report: bool, play: bool) -> int:
+    """Write the figures of a folder, and their report, or the pages that play its runs. Returns their number."""
+    import matplotlib
+
+    pictures = []
+    with matplotlib.rc_context({"text.parse_math": False}):  # a $ in the name of a folder is only a $
+        runs = load_runs(folder, tables=not play)
+        if play:
+            return pages.write_players(runs, folder, out)
+        for name, figure in figures(runs, folder):
+            pictures.append(save(figure, out / name))
+            print(pictures[-1])
+        if report and (runs or pictures):
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "report.html").write_text(pages.report(runs, pictures, folder), encoding="utf-8")
+            print(out / "report.html")
+    return len(pictures)
 
 
 if __name__ == "__main__":

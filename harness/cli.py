@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 import data
-from harness.console import introduce, list_names, report, report_seeds, way_on
-from harness.folder import CHECKPOINT, complete, data_md5, hollow, identity, refuse_changes, refuse_folder, script
+from harness.console import fold, introduce, list_names, point_to, report, report_cells, report_runs, say, way_on, whole
+from harness.folder import CHECKPOINT, complete, data_md5, hollow, identity, refuse_changes, refuse_folder
 from harness.jobs import simulate_all, workers
 from lab.experiments import EXPERIMENTS, PAPER, tabulate, tidy
 from madsim import Config, Result, gather, simulate
 from trust import PRESETS, Settings
 
 QUICK = 60  # ours: rounds of --quick, with MAD from the middle; they take about 10 seconds on two cores
+MOST_REPORTS = 4  # ours: more runs that end at once have a table alone
 MOST_RUNS = 10_000  # ours: the largest number of seeds, and of jobs
 RENAMED = {  # for command lines of earlier versions: the start of an error message, and what it adds
     r"unrecognized arguments:.* --alpha-reputation\b": "--alpha-reputation is now --alpha",
@@ -33,14 +34,14 @@ NOT_RESULTS = {"out", "overwrite", "jobs", "backend", "scheduler", "data_root"} 
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line. For an unknown option it names the nearest known one."""
+    """A parser whose errors are one line if no terminal folds them. For an unknown option it names the nearest one."""
 
     def error(self, message: str) -> NoReturn:
         unknown = re.match(r"unrecognized arguments: (--\S+)", message)
         near = unknown and get_close_matches(unknown[1], re.findall(r"--[\w-]+", self.format_help()), 1)
         meant = f"; did you mean {near[0]}?" if near else ""
         meant = "".join(f"; {hint}" for start, hint in RENAMED.items() if re.match(start, message)) or meant
-        self.exit(2, f"{self.prog}: {' '.join(message.split())}{meant}\n")
+        self.exit(2, fold(f"{self.prog}: {' '.join(message.split())}{meant}", sys.stderr) + "\n")
 
 
 def make_parser() -> Parser:
@@ -232,7 +233,7 @@ def make_ready(planned: dict[Path, Config], given: dict[str, Any]) -> tuple[dict
             now = identity(asdict(planned[folder])) | {"data's MD5": dataset.md5}
             refuse_changes(folder, identity(asdict(Config.read(folder))) | md5, now)
         if "experiment" not in given:
-            print(f"{folder} is complete")
+            say(f"{whole(folder)} is complete")
     for folder in in_the_way:
         shutil.rmtree(folder)
     return {folder: config for folder, config in planned.items() if folder not in finished}, dataset
@@ -264,7 +265,8 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, MemoryError) as error:
         parser.error(f"{error}{way_on(runs, again) if begun else ''}")
     except KeyboardInterrupt:  # a single run handles it; here no run had begun, or several were interrupted
-        print(f"\nmadsim: stopped{way_on(runs, again)}", file=sys.stderr)
+        print(file=sys.stderr)
+        say(f"madsim: stopped{way_on(runs, again)}", sys.stderr)
         return 130
     done = {folder: result for folder, result in zip(runs, results) if isinstance(result, Result)}
     try:
@@ -277,23 +279,30 @@ def main(argv: list[str] | None = None) -> int:
             raise
         parser.error(str(error))
     for failure in (result for result in results if not isinstance(result, Result)):
-        print(f"madsim: {failure}", file=sys.stderr)
+        say(f"madsim: {failure}", sys.stderr)
     if len(done) < len(runs):
         return 2
     return 0 if all(result.summary["complete"] for result in done.values()) else 130
 
 
 def report_all(planned: dict[Path, Config], results: dict[Path, Result]) -> None:
-    """Report each run that has just ended, the means over seeds of all planned runs, and how to draw them."""
-    for folder, result in results.items():
+    """Report each run that has just ended, if there are few, the table of several planned runs, and how to draw them.
+
+    The table is written into the folder of the runs, but it does not replace the table of an experiment.
+    """
+    for folder, result in results.items() if len(results) <= MOST_REPORTS else ():
         report(result, folder)
     there = {folder: config for folder, config in planned.items() if (folder / "summary.json").is_file()}
+    if len(planned) == 1 or not there:
+        for folder in there.keys() & results.keys():
+            point_to(folder)
+        return
+    places = {folder.absolute().parent for folder in there}
+    common = next(iter(there)).parent if len(places) == 1 else Path(os.path.relpath(os.path.commonpath(places)))
     cells = [(folder, replace(config, seed=0).name.removesuffix("-s0"), "") for folder, config in there.items()]
-    if len({kind for _, kind, _ in cells}) < len(cells):
-        report_seeds(tidy(cells))
-    if there and (results or len(planned) > 1):
-        common = os.path.relpath(os.path.commonpath([folder.absolute() for folder in there]))
-        print(f"Figures      python {script('plot.py')} {common if len(there) > 1 else next(iter(there))}")
+    written = len(places) == 1 and not (common / "table.md").exists()
+    report_runs(tabulate(common, cells) if written else tidy(cells))
+    point_to(common, *["table.csv"] * written)
 
 
 def tabulate_all(given: dict[str, Any], md5: str) -> None:
@@ -305,4 +314,7 @@ def tabulate_all(given: dict[str, Any], md5: str) -> None:
         runs = [run for run in runs if (run[0] / CHECKPOINT).is_file() and data_md5(run[0]) == md5]
         asked = {name: value for name, value in given.items() if name not in NOT_RESULTS} | {"experiment": folder.name}
         words = [f"{option(name)} {value}" for name, value in asked.items()]
-        tabulate(folder, runs, f"python madsim.py {' '.join(words)}")
+        table = tabulate(folder, runs, f"python madsim.py {' '.join(words)}")
+        if not table.empty:
+            report_cells(EXPERIMENTS[folder.name].about, table)
+            point_to(folder, "table.md", "table.csv")

@@ -2,14 +2,41 @@
 
 import os
 import shlex
+import shutil
 import signal
 import sys
+import textwrap
 from collections.abc import Callable, Collection
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 from harness.folder import script, unfinished
+
+INDENT = " " * 13  # of the texts beside the labels of a report
+UNBROKEN = "\0"  # stands for a space that may not become the end of a line; no path and no argument can hold it
+
+
+def fold(text: str, stream: Any, indent: str = "") -> str:
+    """The text with lines that fit the terminal, broken between words; one line if the stream is not a terminal.
+
+    A path or a command from `whole` is never broken. It has a line of its own if it does not fit. `indent` starts all
+    lines but the first.
+    """
+    if stream and stream.isatty():
+        width = shutil.get_terminal_size().columns
+        text = textwrap.fill(text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return text.replace(UNBROKEN, " ")
+
+
+def say(text: str, stream: Any = None, indent: str = "") -> None:
+    """Print the text as `fold` gives it, on standard output if no stream is named."""
+    print(fold(text, stream or sys.stdout, indent), file=stream or sys.stdout)
+
+
+def whole(*words: str | Path) -> str:
+    """The words of a command, or a path, to be copied from the terminal into a shell. `fold` does not break it."""
+    return shlex.join(map(str, words)).replace(" ", UNBROKEN)
 
 
 def as_command(main: Callable[[], int]) -> int:
@@ -27,7 +54,7 @@ def as_command(main: Callable[[], int]) -> int:
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # do not write the buffered rest again
         if not isinstance(error, BrokenPipeError):  # the reader closed the pipe; other errors: a full disk
-            print(f"{Path(sys.argv[0]).stem}: the output can't be written: {error}", file=sys.stderr)
+            say(f"{Path(sys.argv[0]).stem}: the output can't be written: {error}", sys.stderr)
         return 1
 
 
@@ -55,7 +82,8 @@ def list_names() -> None:
         "--experiment": experiments | {"paper": " and ".join(PAPER)},
     }.items():
         print(option)
-        print("".join(f"  {name:<17}{about}\n" for name, about in names.items()), end="")
+        for name, about in names.items():
+            say(f"  {name:<17}{about}", indent=" " * 19)
 
 
 def introduce(runs: dict[Path, Any], dataset: Any) -> None:
@@ -64,16 +92,17 @@ def introduce(runs: dict[Path, Any], dataset: Any) -> None:
     from harness.log import usual_seconds
 
     if dataset.note:
-        print(f"PHANTOM IMAGES, not PneumoniaMNIST: {dataset.note}", file=sys.stderr)
+        say(f"PHANTOM IMAGES, not PneumoniaMNIST: {dataset.note}", sys.stderr)
     configs = runs.values()
     clients = " or ".join(map(str, sorted({config.clients for config in configs})))
     counts = {malicious_count(config.clients, config.malicious) for config in configs}
     malicious = " or ".join(map(str, sorted(counts)))
     rounds = sum(config.rounds for config in configs)
     seconds = sum(config.rounds * usual_seconds(config) for config in configs)
-    print(
+    say(
         f"{dataset.name}, {len(dataset.train_labels)} training images; {clients} clients, {malicious} malicious; "
-        f"{len(runs)} run{'s' * (len(runs) > 1)}, {rounds} rounds in all, about {minutes(seconds)} on two cores"
+        f"{len(runs)} run{'s' * (len(runs) > 1)}, {rounds} round{'s' * (rounds > 1)} in all, "
+        f"about {minutes(seconds)} on two cores"
     )
 
 
@@ -86,12 +115,17 @@ def minutes(seconds: float) -> str:
 
 def report(result: Any, folder: Path) -> None:
     """Print the summary of a `madsim.Result`."""
+    from harness.runs import data_in_words
+
     s, rounds = result.summary, result.rounds
-    print(f"\n{folder}" + "  (phantom images)" * bool(s.get("note")))
+    print()
     if rounds.empty:
-        return print(f"Stopped      before the first round ended{way_on([folder])}")
+        say(whole(folder))
+        return say(f"Stopped      before the first round ended{way_on([folder])}", indent=INDENT)
+    data = data_in_words(s["dataset"], s["note"])
+    say(whole(folder) + f"  ({data})" * data.startswith("phantom"))
     if not s["complete"]:
-        print(f"Stopped      after round {len(rounds)} of {result.config.rounds}{way_on([folder])}")
+        say(f"Stopped      after round {len(rounds)} of {result.config.rounds}{way_on([folder])}", indent=INDENT)
     for client, t in s["excluded"].items():
         kind = "attacker" if client in s["malicious"] else "HONEST"
         why = ", submitted NaN or infinity" if client in s["nonfinite"] else ""
@@ -101,11 +135,11 @@ def report(result: Any, folder: Path) -> None:
         among = f"{s['true_exclusions']} of {attackers} attackers, " * bool(attackers)
         print(f"             {among}{s['false_exclusions']} honest")
     else:
-        stayed = f"{attackers} attacker{'s' * (attackers > 1)} stayed"
-        print(f"Excluded     nobody; {stayed if attackers else 'nobody attacked'}")
+        say(f"Excluded     nobody; {why_nobody(result.config, len(rounds), attackers)}", indent=INDENT)
     if s["kept_rounds"]:
         print(f"Kept         all clients in {len(s['kept_rounds'])} rounds, because all fell below the threshold")
-    times = {f"round {len(rounds)}": rounds.iloc[-1], f"last {len(rounds.tail(50))}": rounds.tail(50).mean()}
+    last = s["last_50_rounds"]
+    times = {f"round {len(rounds)}": rounds.iloc[-1], f"last {last}": rounds.tail(last).mean()}
     if s["jumps"]:
         t = s["jumps"][0]["round"]
         times = {f"round {t - 1}": rounds.iloc[t - 2], f"round {t}": rounds.iloc[t - 1]} | times
@@ -118,11 +152,84 @@ def report(result: Any, folder: Path) -> None:
     print(f"Time         {s['seconds']:.1f} s, {s['seconds_per_round']:.3f} s per round (median)")
 
 
+def why_nobody(config: Any, rounds: int, attackers: int) -> str:
+    """What to say of a run that has excluded nobody after so many rounds."""
+    said = []
+    if config.mad_start is None:
+        said = ["MAD never starts"]
+    elif config.mad_start > rounds:
+        said = [f"MAD had not started (it starts in round {config.mad_start})"]
+    them = f"{attackers} attacker{'s' * (attackers > 1)}" if attackers else "nobody"
+    if attackers and config.attack_start > rounds:
+        return "; ".join([*said, f"{them} had not attacked yet (the attack starts in round {config.attack_start})"])
+    return "; ".join([*said, f"{them} {'stayed' if attackers else 'attacked'}"])
+
+
+def report_runs(table: Any) -> None:
+    """Print one line per run of a frame from `lab.experiments.tidy`, and means if some runs differ only in the seed."""
+    from harness.runs import span
+
+    print()
+    data = " and ".join(table["data"].unique())
+    say(f"{data}; accuracies are means over the last {span(table)} rounds")
+    rows = []
+    for run in table.itertuples():
+        out = f"{run.last_exclusion:.0f}" if run.last_exclusion > 0 else ""  # not NaN
+        counts = [f"{run.true_exclusions} of {run.attackers}", str(run.false_exclusions), out]
+        ended = f", ended after round {run.last}" * (not run.complete)
+        cells = [*counts, f"{run.honest_accuracy:.3f}", f"{run.test_accuracy:.3f}"]
+        rows.append((f"{run.row}-s{run.seed}{ended}", cells))
+    show(["attackers out", "honest out", "out by round", "honest accuracy", "test accuracy"], rows)
+    if table["row"].duplicated().any():
+        report_seeds(table)
+
+
+def report_cells(about: str, table: Any) -> None:
+    """Print one line per cell of an experiment from its frame of `lab.experiments.tidy`."""
+    from harness.runs import span
+    from lab.experiments import over_seeds
+
+    texts = over_seeds(table).astype(str)
+    print()
+    data = " and ".join(table["data"].unique())
+    say(f"{about}; {data}; last {span(table)} rounds, mean ± standard deviation over seeds")
+    heads = ["seeds", "attackers out", "honest out", "honest accuracy", "test accuracy"]
+    rows: list[tuple[str, list[str]]] = []
+    for (row, column), cells in zip(texts.index, texts[heads].values.tolist()):
+        if column and (row, []) not in rows:
+            rows.append((row, []))
+        rows.append((f"  {column}" if column else row, cells))
+    show(heads, rows)
+
+
+def show(heads: list[str], rows: list[tuple[str, list[str]]]) -> None:
+    """Print a table: a label and cells per row. The last word of a heading has a line of its own.
+
+    A label has a line of its own if it has no cells, or if the terminal has no room for both.
+    """
+    words = [head.rpartition(" ") for head in heads]
+    lines = [("", [top for top, _, _ in words]), ("", [bottom for _, _, bottom in words]), *rows]
+    filled = [(label, cells) for label, cells in lines if cells]
+    widths = [2 + max(map(len, column)) for column in zip(*(cells for _, cells in filled))]
+    room = max(len(label) for label, _ in filled)
+    if sys.stdout.isatty():
+        room = min(room, shutil.get_terminal_size().columns - sum(widths))
+    for label, cells in lines:
+        if not cells or len(label) > room:
+            print(label)
+            label = ""
+        if cells:
+            print(label.ljust(room) + "".join(cell.rjust(width) for cell, width in zip(cells, widths)))
+
+
 def report_seeds(table: Any) -> None:
     """Print means and standard deviations over seeds of runs in a frame from `lab.experiments.tidy`."""
-    from lab.experiments import over_seeds, span
+    from harness.runs import span
+    from lab.experiments import over_seeds
 
-    print(f"\nLast {span(table)} rounds: mean ± standard deviation over seeds")
+    print()
+    data = " and ".join(table["data"].unique())
+    say(f"{data}; last {span(table)} rounds: mean ± standard deviation over seeds")
     for (name, _), texts in over_seeds(table).iterrows():
         print(f"{name}, {texts.pop('seeds')} seeds")
         print("".join(f"             {label:<22}{text}\n" for label, text in texts.items() if text), end="")
@@ -133,5 +240,12 @@ def way_on(folders: Collection[Path], overwrite: bool = False) -> str:
     if len(folders) > 1:
         without = "without --overwrite " * overwrite
         return f"; the same command {without}continues" if any(folder.exists() for folder in folders) else ""
-    command = shlex.join(["python", script("madsim.py"), "--resume", *map(str, unfinished(folders))])
+    command = whole("python", script("madsim.py"), "--resume", *unfinished(folders))
     return f"; continue with: {command}" if unfinished(folders) else ""
+
+
+def point_to(folder: Path, *tables: str) -> None:
+    """Print where tables lie in a folder of runs, and the command that draws the runs."""
+    if tables:
+        say(f"Tables       {' and '.join(whole(folder / table) for table in tables)}", indent=INDENT)
+    say(f"Figures      {whole('python', script('plot.py'), folder)}", indent=INDENT)

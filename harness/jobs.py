@@ -74,22 +74,29 @@ def rounds_bar(runs: dict[Path, Any]) -> Iterator[None]:
     """One progress bar for runs in other processes. It counts the rows that they have written."""
     from tqdm import tqdm
 
-    def rows() -> int:
+    def rows() -> list[int]:
         tables = [folder / "rounds.csv" for folder in runs]
-        return sum(max(0, table.read_bytes().count(b"\n") - 1) for table in tables if table.is_file())
+        return [max(0, table.read_bytes().count(b"\n") - 1) if table.is_file() else 0 for table in tables]
+
+    def count() -> None:
+        counts = rows()
+        done = sum(each >= config.rounds for each, config in zip(counts, runs.values()))
+        bar.set_description_str(f"{done} of {len(runs)} runs", refresh=False)
+        bar.update(sum(counts) - bar.n)
 
     def watch() -> None:
         while not finished.wait(0.5):
-            bar.update(rows() - bar.n)
+            count()
 
     finished, watcher = Event(), Thread(target=watch)
     total = sum(config.rounds for config in runs.values())
-    about = {"unit": "round", "desc": f"{len(runs)} runs", "disable": None, "dynamic_ncols": True}
-    with tqdm(total=total, initial=rows(), **about) as bar:
+    shape = "{desc}: {percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
+    about = {"unit": " rounds", "desc": f"0 of {len(runs)} runs", "bar_format": shape, "disable": None}
+    with tqdm(total=total, initial=sum(rows()), dynamic_ncols=True, **about) as bar:
         watcher.start()
         try:
             yield
-            bar.update(total - bar.n)
         finally:
             finished.set()
             watcher.join()
+            count()

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from harness.console import fold
 from harness.folder import (
     CHECKPOINT,
     identity,
@@ -30,6 +31,7 @@ from harness.folder import (
     rounded,
     write_json,
 )
+from harness.runs import steady
 from trust import Array, Settings, State, main_cluster, squared_distances
 
 ROUND_COLUMNS = ["round", "loss", "accuracy", "honest_loss", "honest_accuracy"]
@@ -176,7 +178,8 @@ class Log:
         length = float(np.median(self.seconds[-SLOW_AFTER:]))
         if length > SLOW * usual_seconds(self.config) and self.members.threads > 1:
             hint = "if other programs are busy, stop (Ctrl-C) and continue with --threads 1"
-            self.bar.write(f"A round takes {length:.1f} s, which is slow: {hint}", file=sys.stderr)
+            text = fold(f"A round takes {length:.1f} s, which is slow: {hint}", sys.stderr)
+            self.bar.write(text, file=sys.stderr)
 
     def _points(self, t: int, W: np.ndarray, scores: State, before: np.ndarray) -> list[list]:
         """The rows of plane.csv: the submissions W [C, P] as points of the `plane`. `before` are the last points."""
@@ -377,7 +380,7 @@ def summarise(rounds: Any, clients: Any, membership: Any = None, *, mad_start: i
     excluded = {int(client): int(t) for client, t in zip(out.client, out["round"])}
     true = len(excluded.keys() & set(malicious))
     detected = max(excluded[c] for c in malicious) if true == len(malicious) > 0 else None
-    last_50 = rounds.drop(columns="round").tail(50).mean()
+    last_50 = steady(rounds, clients).tail(50)
     return {
         "excluded": excluded,
         "nonfinite": [int(c) for c in out.client[out.distance.isna()]],  # excluded for NaN or infinity
@@ -387,7 +390,8 @@ def summarise(rounds: Any, clients: Any, membership: Any = None, *, mad_start: i
         "precision": true / len(excluded) if excluded else None,
         "recall": true / len(malicious) if malicious else None,
         "rounds_to_detection": max(0, detected - mad_start) if detected and mad_start else None,
-        "last_50": {name: rounded(value) for name, value in last_50.items()},
+        "last_50": {name: rounded(value) for name, value in last_50.drop(columns="round").mean().items()},
+        "last_50_rounds": len(last_50),
         "jumps": [jump(clients, t) for t in sorted(set(excluded.values())) if t > 1],
         "membership": None if membership is None else {c: held(membership, clients, c) for c in malicious},
     }

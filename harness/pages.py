@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from harness.console import say
 from harness.folder import plain
-from harness.runs import CURVES, Run, by_start, read_table, strategy, title
+from harness.runs import CURVES, SCORES, Run, by_start, natural, read_table, steady, strategy, title
 
 TEMPLATES = Path(__file__).parent / "pages"
 PAGE_BYTES = 2_500_000  # of the numbers in a page that plays a run
@@ -23,20 +24,20 @@ STEPS = (1, 1.5, 2, 3, 4, 6, 8, 10)  # the extents of a drawing: round, and at m
 
 
 def write_players(runs: list[Run], folder: Path, out: Path) -> int:
-    """Write a page below `out` for each run at or below `folder` that can be played. Returns the exit status."""
+    """Write a page below `out` for each run at or below `folder` that can be played. Returns their number."""
     count = 0
     for run in runs:
         try:
             page = play(run)
         except ValueError as error:
-            print(f"{run.folder}: not played, {error}", file=sys.stderr)
+            say(f"{run.folder}: not played, {error}", sys.stderr)
             continue
         path = out / run.folder.relative_to(folder).parent / f"play-{run.name}.html"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(page, encoding="utf-8")
         print(path)
         count += 1
-    return 0 if count else 2
+    return count
 
 
 def play(run: Run) -> str:
@@ -46,7 +47,8 @@ def play(run: Run) -> str:
     nothing to play.
     """
     points = read_table(run.folder / "plane.csv", ["round", "client"], ["x", "y"])
-    clients = run.clients.merge(points, on=["round", "client"]).drop_duplicates(["round", "client"])
+    clients = run.clients[["round", "client", "malicious", "active", *SCORES]]
+    clients = clients.merge(points, on=["round", "client"]).drop_duplicates(["round", "client"])
     curves = run.rounds.drop_duplicates("round").set_index("round")
     clients = clients[clients["round"].isin(curves.index)]
     if clients.empty:
@@ -64,7 +66,7 @@ def play(run: Run) -> str:
     reach = reaches(np.hypot(clients["x"], clients["y"]).groupby(clients["round"]).max()).reindex(shown)
     thousandths = 1000 / reach.to_numpy()[:, None]
     content = {
-        "title": title(strategy(run), [run]).replace("\n", ": "),
+        "title": title(strategy(run), [run]).replace("\n", ": ", 1).replace("\n", " "),
         "rounds": shown, "malicious": malicious, "excluded": excluded, "start": run.config.get("mad_start"),
         "threshold": (run.config.get("settings") or {}).get("threshold"),
         "reach": [float(f"{value:g}") for value in reach],
@@ -112,19 +114,20 @@ def report(runs: Sequence[Run], pictures: Sequence[Path], folder: Path) -> str:
 
 
 def runs_table(runs: Sequence[Run], folder: Path) -> str:
-    """The runs as an HTML table: strategy, attack, exclusions, and the means of the last ten rounds."""
+    """The runs as an HTML table: strategy, attack, exclusions, and the means of at most ten last rounds."""
     import pandas as pd
 
     rows = []
-    for run in sorted(runs, key=lambda run: (run.folder.parent, by_start(run))):
-        last = run.rounds[list(CURVES)].tail(10).mean()
+    for run in sorted(runs, key=lambda run: (natural(run.folder.parent), by_start(run))):
+        last = steady(run.rounds, run.clients)[list(CURVES)].tail(10)
         attack = f"{run.config.get('attack')}, {run.config.get('malicious')} of the clients"
         rows.append(
             {
                 "run": str(run.folder.relative_to(folder)), "data": run.data, "strategy": strategy(run),
                 "rounds": run.length.removesuffix(" rounds"), "seed": run.config.get("seed"),
                 "attack": attack if run.attacked else "none", "excluded": exclusions(run),
-            } | {f"{name.replace('_', ' ')}, last 10 rounds": value for name, value in last.items()}
+                "averaged rounds": f"last {len(last)}",
+            } | {f"mean {name.replace('_', ' ')}": value for name, value in last.mean().items()}
         )  # fmt: skip
     return pd.DataFrame(rows).to_html(index=False, border=0, float_format="{:.3f}".format, na_rep="")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import reprlib
 import sys
 import textwrap
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from harness.console import say
 from harness.folder import read_json
 
 CURVES = ("loss", "accuracy", "honest_accuracy")
@@ -32,7 +34,7 @@ OF_ATTACKS = ("attack", "malicious", "flip", "attack_start", "attack_period")
 # Labels of runs name these if they differ: the data, fields of config.json, and MAD's settings.
 TELLING = ["data", *OF_ATTACKS, "clients", "partition", "concentration", "rounds", "epochs", "batch_size", "lr"]
 TELLING += ["clusters", "scale_floor", "threshold", "excluded"]
-TITLE_WIDTH = 110  # characters per line below a title
+TITLE_WIDTH = 95  # characters per line below a title: as many as fit beside the axis of the narrowest figure
 SAMPLE_BYTES = 100_000  # the largest accepted samples.npz, unpacked; madsim writes 3678 bytes
 # The types of the fields of config.json that are read here.
 KINDS = {
@@ -47,8 +49,8 @@ class Run:
 
     folder: Path
     config: dict
-    rounds: Any  # "round" and CURVES; one row per round
-    clients: Any  # "round", "client", "malicious", "active" and SCORES; one row per round and client
+    rounds: Any  # all columns of rounds.csv; one row per round
+    clients: Any  # all columns of clients.csv; one row per round and client
     samples: tuple[NDArray, NDArray] | None  # images uint8 [4, 28, 28] and their labels [4]
     jump: dict | None  # at the first exclusion: its round, and loss and accuracy, each with its JUMP_PARTS
     membership: Any  # "round", and advantage, error and chance for each of OTHERS; empty if not measured
@@ -81,40 +83,57 @@ class Run:
     def data(self) -> str:
         """The name of the data set. It says so if the phantom replaced the real one."""
         data = self.config.get("data") or {}
-        name = data.get("name") or self.config.get("dataset") or "unknown data set"
-        if name != "phantom":
-            return name
-        return "phantom images, PneumoniaMNIST was not available" if data.get("note") else "phantom images"
+        return data_in_words(data.get("name") or self.config.get("dataset") or "unknown data set", data.get("note"))
+
+
+def data_in_words(name: str, note: str | None) -> str:
+    """The name of a data set as results show it. `note`: why the phantom replaced the real data, if it did."""
+    if name != "phantom":
+        return name
+    return "phantom images, PneumoniaMNIST was not available" if note else "phantom images"
 
 
 def find_runs(folder: str | Path) -> list[Path]:
-    """All run folders at or below `folder`, sorted. Raises FileNotFoundError if there is none."""
+    """All run folders at or below `folder`, in the order of `natural`. Raises FileNotFoundError if there is none."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; give a folder with results of madsim.py")
     configs = [path for path in folder.rglob("config.json") if path.is_file()]
-    runs = sorted(path.parent for path in configs if (path.parent / "rounds.csv").is_file())
+    runs = sorted((path.parent for path in configs if (path.parent / "rounds.csv").is_file()), key=natural)
     if not runs:
         raise FileNotFoundError(f"{folder} holds no run: no folder in it has a config.json and a rounds.csv")
     return runs
 
 
-def load_runs(folder: Path) -> list[Run]:
-    """The runs at or below `folder`. One line per run on standard error names what can't be drawn."""
-    runs, found = [], find_runs(folder)
-    for path in sorted({path.parent for path in folder.rglob("config.json")} - set(found)):
-        print(f"{path}: not drawn, it holds no rounds.csv", file=sys.stderr)
+def natural(path: Path) -> list:
+    """The sorting key for paths with numbers in their names: mad5, mad20, mad100."""
+    return [[int(word) if word.isdecimal() else word for word in re.split(r"(\d+)", part)] for part in path.parts]
+
+
+def load_runs(folder: Path, tables: bool = False) -> list[Run]:
+    """The runs at or below `folder`. One line per run on standard error names what can't be drawn.
+
+    With `tables`, a folder that holds no run but a table.csv has no runs. Else it raises FileNotFoundError.
+    """
+    try:
+        runs, found = [], find_runs(folder)
+    except FileNotFoundError:
+        if tables and any(folder.rglob("table.csv")):
+            return []
+        raise
+    for path in sorted({path.parent for path in folder.rglob("config.json")} - set(found), key=natural):
+        say(f"{path}: not drawn, it holds no rounds.csv", sys.stderr)
     for path in found:
         try:
             run = load_run(path)
         except (ValueError, OSError) as error:
-            print(f"{path}: not drawn, {str(error).removeprefix(f'{path}/')}", file=sys.stderr)
+            say(f"{path}: not drawn, {str(error).removeprefix(f'{path}/')}", sys.stderr)
             continue
         runs.append(run)
         if lacking := shortcomings(run):
-            print(f"{path}: {lacking}", file=sys.stderr)
+            say(f"{path}: {lacking}", sys.stderr)
     if not any(run.samples for run in runs):
-        print(f"{folder}: no run has a readable samples.npz, so fig2 is not drawn", file=sys.stderr)
+        say(f"{folder}: no run has a readable samples.npz, so fig2 is not drawn", sys.stderr)
     return runs
 
 
@@ -122,8 +141,9 @@ def load_run(folder: str | Path) -> Run:
     """Read a run's folder, complete or not. Raises ValueError if its config.json is damaged."""
     folder = Path(folder)
     config = read_config(folder / "config.json")
-    rounds = read_table(folder / "rounds.csv", ["round"], CURVES)
-    clients = read_table(folder / "clients.csv", ["round", "client", "malicious"], ["active", *SCORES, "train_loss"])
+    rounds = read_table(folder / "rounds.csv", ["round"], CURVES, rest=True)
+    keys, values = ["round", "client", "malicious"], ["active", *SCORES, "train_loss"]
+    clients = read_table(folder / "clients.csv", keys, values, rest=True)
     measured = [f"{name}_{kind}" for name in OTHERS for kind in ("advantage", "error", "chance")]
     membership = read_table(folder / "membership.csv", ["round"], measured).dropna()
     samples, jump = read_samples(folder / "samples.npz"), read_jump(folder / "summary.json")
@@ -146,8 +166,11 @@ def read_config(path: Path) -> dict:
     return config
 
 
-def read_table(path: Path, keys: Sequence[str], values: Sequence[str]) -> Any:
-    """These columns of a CSV file as numbers. Rows without all `keys` are left out. A missing value is NaN."""
+def read_table(path: Path, keys: Sequence[str], values: Sequence[str], rest: bool = False) -> Any:
+    """These columns of a CSV file, and all others with `rest`, as numbers.
+
+    Rows without all `keys` are left out. A missing value is NaN.
+    """
     import pandas as pd
 
     columns = [*keys, *values]
@@ -156,6 +179,7 @@ def read_table(path: Path, keys: Sequence[str], values: Sequence[str]) -> Any:
     options: dict[str, Any] = {"index_col": False, "on_bad_lines": "skip", "quoting": csv.QUOTE_NONE}
     with warnings.catch_warnings(action="ignore"):  # pandas warns of rows that are longer than the heading
         table = pd.read_csv(io.StringIO(complete or ",".join(columns)), low_memory=False, **options)
+    columns += [name for name in table if name not in columns] * rest
     table = table.reindex(columns=columns).apply(pd.to_numeric, errors="coerce")
     numbers = table[list(keys)]  # rounds and clients have whole numbers
     table = table[((numbers >= 0) & (numbers < 2**31) & (numbers % 1 == 0)).all(axis=1)]
@@ -175,9 +199,28 @@ def read_grid(path: Path) -> Any:
         raise ValueError(f"it lacks {', '.join(lacking)}")
     table = table[table["complete"].eq(True)].copy()
     table[numbers] = table[numbers].apply(pd.to_numeric)
+    if "averaged" not in table:  # a table of an earlier version
+        table["averaged"] = table["last"].clip(upper=10)
     missed = table["attackers"] - table["true_exclusions"]
     table["right"] = 1 - (missed + table["false_exclusions"]) / table["clients"]
     return table
+
+
+def steady(rounds: Any, clients: Any) -> Any:
+    """The rows of `rounds` since the last change of the set of active clients; all rows if it never changed.
+
+    Both are frames of a run's CSV files. The round of an exclusion already runs without the client, so it is the first
+    of these rows. Means over the last rounds are taken from these rows, so that they mix no rounds with and without a
+    client.
+    """
+    changed = clients.groupby("client")["active"].diff().abs() > 0
+    return rounds[rounds["round"] >= clients["round"][changed].max()] if changed.any() else rounds
+
+
+def span(table: Any) -> str:
+    """The numbers of last rounds over which a table of runs has means: '10' or '4 to 10'."""
+    numbers = table["averaged"][table["complete"] | ~table["complete"].any()]  # the others are in no mean
+    return " to ".join(dict.fromkeys(f"{number:.0f}" for number in (numbers.min(), numbers.max())))
 
 
 def read_samples(path: Path) -> tuple[NDArray, NDArray] | None:
@@ -239,17 +282,27 @@ def variants(runs: Sequence[Run]) -> list[str]:
     return [f"{key[0]} ({run.name})" if count[key] > 1 else key[0] for key, run in zip(keys, runs)]
 
 
-def title(subject: str, runs: Sequence[Run]) -> str:
-    """`subject`, and below it the data set, rounds and seeds of the runs."""
+def title(subject: str, runs: Sequence[Run], note: str = "") -> str:
+    """`subject`, and below it the data set, rounds and seeds of the runs, and a note."""
     data = " and ".join(dict.fromkeys(run.data for run in runs))
     length = " and ".join(dict.fromkeys(run.length for run in runs))
     seeds = sorted({run.config["seed"] for run in runs if "seed" in run.config})
     word = {0: "seed unknown", 1: "seed "}.get(len(seeds), "seeds ")
-    about = f"{data}, {length}, {word}{', '.join(map(str, seeds))}"
+    return titled(subject, f"{data}, {length}, {word}{', '.join(map(str, seeds))}{note}")
+
+
+def titled(subject: str, about: str) -> str:
+    """`subject`, and below it `about` in lines that fit the figure."""
     return "\n".join([subject, *textwrap.wrap(about, TITLE_WIDTH)])
 
 
 def by_start(run: Run) -> tuple:
     """The sorting key for the paper's order: from the earliest MAD start to never, then without attack."""
     start = run.config.get("mad_start")
-    return run.config.get("malicious") == 0, start is None, start or 0, run.config.get("seed") or 0, run.name
+    return (
+        run.config.get("malicious") == 0,
+        start is None,
+        start or 0,
+        run.config.get("seed") or 0,
+        natural(Path(run.name)),
+    )

@@ -3,17 +3,20 @@
 A cell of a grid is a set of options as on the command line. Its results are read from the folders of its runs.
 """
 
+import re
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from harness.folder import identity, read_json, replace_file, rounded, script
+from harness.folder import identity, read_json, replace_file, rounded
+from harness.runs import data_in_words, span, steady
 from lab.attacks import ATTACKS
 from lab.rules import RULES
 
-LAST = 10  # ours: the last rounds of a run over which its table takes means
+LAST = 10  # ours: the largest number of last rounds over which a table takes the means of a run
 DETECTION = ("true_exclusions", "false_exclusions", "precision", "recall", "rounds_to_detection")
+NEWEST = ("averaged", "last_exclusion")  # these columns come last, also if a later run has more columns than the first
 TABLED = {  # columns of an experiment's Markdown table: heading and decimals
     "true_exclusions": ("attackers out", 1), "false_exclusions": ("honest out", 1),
     "precision": ("precision", 2), "recall": ("recall", 2), "rounds_to_detection": ("rounds to detection", 1),
@@ -26,10 +29,13 @@ TABLED = {  # columns of an experiment's Markdown table: heading and decimals
 
 @dataclass(frozen=True)
 class Experiment:
-    """A grid of runs: each row with each column. Both map a name to options, as on the command line."""
+    """A grid of runs: each row with each column. Both map a name to options, as on the command line.
+
+    A number of rounds in a name has braces, as in "MAD from {80}", so that it can be scaled with the option.
+    """
 
     about: str  # one sentence
-    rounds: int  # the length that the names of rows and columns refer to
+    rounds: int  # the length that the options of rows and columns refer to
     rows: dict[str, dict]
     columns: dict[str, dict]
 
@@ -38,23 +44,31 @@ class Experiment:
         return {name for part in (*self.rows.values(), *self.columns.values()) for name in part}
 
     def cells(self, given: dict) -> dict[tuple[str, str], dict]:
-        """The options of each cell by row and column: the `given` ones and its own, scaled to the `given` rounds."""
+        """The options of each cell by row and column: the `given` ones and its own, scaled to the `given` rounds.
+
+        Rows or columns whose rounds become the same have one name then, and are one.
+        """
         rounds = given.get("rounds", self.rounds)
+
+        def scaled(number: int | str) -> int:
+            return max(1, round(int(number) * rounds / self.rounds))
+
+        def named(text: str) -> str:
+            return re.sub(r"\{(\d+)\}", lambda number: str(scaled(number[1])), text)
+
         found = {}
         for row, column in product(self.rows, self.columns):
             own = self.rows[row] | self.columns[column]
-            for name in ("mad_start", "attack_start", "attack_period"):
-                if own.get(name):
-                    own[name] = max(1, round(own[name] * rounds / self.rounds))
+            own |= {name: scaled(own[name]) for name in ("mad_start", "attack_start", "attack_period") if own.get(name)}
             if own.get("membership"):
                 own["membership"] = max(1, min(own["membership"], rounds))
-            found[row, column] = given | {"rounds": rounds} | own
+            found[named(row), named(column)] = given | {"rounds": rounds} | own
         return found
 
 
 def mad_from(*starts: int | None) -> dict[str, dict]:
     """Rows or columns that differ in the round in which MAD starts (None: never)."""
-    return {f"MAD from {start}" if start else "never": {"mad_start": start} for start in starts}
+    return {f"MAD from {{{start}}}" if start else "never": {"mad_start": start} for start in starts}
 
 
 def dropped_or_observed(name: str, options: dict) -> dict[str, dict]:
@@ -102,8 +116,8 @@ EXPERIMENTS = {
         | {
             "label_flip of 50 %": FLIP | {"flip": 0.5},
             "label_flip of 30 %": FLIP | {"flip": 0.3},
-            "label_flip from round 30": FLIP | {"attack_start": 30},
-            "label_flip, 5 rounds on, 5 off": FLIP | {"attack_period": 5},
+            "label_flip from round {30}": FLIP | {"attack_start": 30},
+            "label_flip, {5} rounds on, {5} off": FLIP | {"attack_period": 5},
             "alie, 40 % malicious": FLIP | {"attack": "alie", "malicious": 0.4},
             "hug, 40 % malicious": FLIP | {"attack": "hug", "malicious": 0.4},
         },
@@ -144,8 +158,9 @@ PAPER = ("fig3a", "fig3c")  # --experiment paper
 def tidy(cells: list[tuple[Path, str, str]]) -> Any:
     """A pandas frame with one row per run: its row and column, its settings, and its results.
 
-    `cells` are the folders of the runs with their rows and columns. Metrics are means over the last `LAST` rounds.
-    `fluctuation` is the standard deviation, over these rounds, of the change of the honest clients' accuracy per round.
+    `cells` are the folders of the runs with their rows and columns. Metrics are means over the last `averaged` rounds:
+    at most `LAST`, and none before the last exclusion. `fluctuation` is the standard deviation, over these rounds, of
+    the change of the honest clients' accuracy per round.
     `jump_*` is the change of the participants' loss and accuracy at the first exclusion, `jump_*_model` the model part.
     """
     from pandas import DataFrame
@@ -158,7 +173,8 @@ def tidy(cells: list[tuple[Path, str, str]]) -> Any:
             rows.append({"row": row, "column": column} | results_of(folder))
         except (LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder}: its files are damaged ({error!r})") from None
-    return DataFrame(rows)
+    table = DataFrame(rows)
+    return table[sorted(table, key=lambda name: name in NEWEST)]
 
 
 def results_of(folder: Path) -> dict[str, Any]:
@@ -166,20 +182,22 @@ def results_of(folder: Path) -> dict[str, Any]:
     from pandas import DataFrame, read_csv
 
     about, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
-    rounds = read_csv(folder / "rounds.csv").drop(columns=["round", "active"])
+    rounds = read_csv(folder / "rounds.csv")
+    since = steady(rounds, read_csv(folder / "clients.csv", usecols=["round", "client", "active"]))
+    last = since.tail(LAST).drop(columns=["round", "active"])
     found = identity(about) | {"attackers": len(summary["malicious"])}
     found |= {name: summary[name] for name in ("complete", *DETECTION)}
-    found |= {name: rounded(value) for name, value in rounds.tail(LAST).mean().items()}
-    found["fluctuation"] = rounded(rounds["honest_accuracy"].tail(LAST + 1).diff().std())
+    found |= {name: rounded(value) for name, value in last.mean().items()}
+    found["fluctuation"] = rounded(since["honest_accuracy"].tail(LAST + 1).diff().std())
     for change, name in product(summary["jumps"][:1], ("loss", "accuracy")):
         found |= {f"jump_{name}": change[name]["total"], f"jump_{name}_model": change[name]["model"]}
     for name, value in DataFrame(filter(None, (summary["membership"] or {}).values())).mean().items():
         found[f"held_{name}"] = rounded(value)  # mean over the attackers
-    found |= {"last": len(rounds), "data": about["data"]["name"]}
+    found |= {"last": len(rounds), "data": data_in_words(about["data"]["name"], about["data"].get("note"))}
     code = [part["git"] for part in (about, *about.get("resumed", []))]  # another commit may have continued the run
     found["commit"] = ", ".join(dict.fromkeys(str(part["commit"]) for part in code))
-    found["dirty"] = any(part["dirty"] for part in code)
-    return found
+    found |= {"dirty": any(part["dirty"] for part in code), "averaged": len(last)}
+    return found | {"last_exclusion": max(summary["excluded"].values(), default=float("nan"))}
 
 
 def over_seeds(table: Any) -> Any:
@@ -201,11 +219,6 @@ def in_words(values: Any, decimals: int) -> str:
     return f"{known.mean():.{decimals}f}{deviation}{of}" if len(known) else ""
 
 
-def span(table: Any) -> int:
-    """The number of last rounds over which a `tidy` frame has means."""
-    return min(LAST, int(table["last"].max()))
-
-
 def markdown(texts: Any, heading: str) -> str:
     """A frame of texts as a Markdown table under a heading."""
     table = texts.reset_index().replace({"column": {"": None}}).dropna(axis=1, how="all")
@@ -213,18 +226,18 @@ def markdown(texts: Any, heading: str) -> str:
     return "\n".join([heading, "", *(f"| {' | '.join(cells)} |" for cells in lines), ""])
 
 
-def tabulate(folder: Path, cells: list[tuple[Path, str, str]], command: str) -> None:
-    """Write table.csv (one row per run) and table.md (one row per cell) of an experiment, and print a short table."""
+def tabulate(folder: Path, cells: list[tuple[Path, str, str]], command: str = "") -> Any:
+    """Write table.csv, one row per run, into the folder of the runs, and return its frame, see `tidy`.
+
+    With the `command` of an experiment, write table.md too, one row per cell. Nothing is written if no run has results.
+    """
     table = tidy(cells)
-    if table.empty:
-        return
-    texts, about = over_seeds(table), EXPERIMENTS[folder.name].about
-    replace_file(folder / "table.csv", table.to_csv(index=False).encode())
-    replace_file(folder / "table.md", markdown(texts, heading(folder.name, table, command)).encode())
-    print(f"\n{about}; last {span(table)} rounds, mean ± standard deviation over seeds.{scaled(folder.name, table)}")
-    print(texts[["seeds", "attackers out", "honest out", "honest accuracy", "test accuracy"]].to_string())
-    print(f"Tables       {folder / 'table.md'}, {folder / 'table.csv'}")
-    print(f"Figures      python {script('plot.py')} {folder}")
+    if not table.empty:
+        replace_file(folder / "table.csv", table.to_csv(index=False).encode())
+        if command:
+            text = markdown(over_seeds(table), heading(folder.name, table, command))
+            replace_file(folder / "table.md", text.encode())
+    return table
 
 
 def heading(name: str, table: Any, command: str) -> str:
@@ -239,12 +252,6 @@ def heading(name: str, table: Any, command: str) -> str:
         f"# {name}: {EXPERIMENTS[name].about}\n\n"
         f"`{command}`; {', '.join(table.data.unique())}; {table.rounds.max()} rounds; seeds {seeds}; "
         f'commit {commits}{dirty}. Mean ± sample standard deviation over the seeds. "(of N)": averaged over the N runs '
-        f"that have this value. Losses and accuracies are means over the last {span(table)} rounds."
-        f"{scaled(name, table)}{ended}"
+        f"that have this value. Losses and accuracies are means over the last {span(table)} rounds, "
+        f"without rounds before the last exclusion.{ended}"
     )
-
-
-def scaled(name: str, table: Any) -> str:
-    """A sentence for an experiment that ran another number of rounds than its names say; else empty."""
-    own, rounds = EXPERIMENTS[name].rounds, int(table.rounds.max())
-    return f" Round numbers in the names refer to {own} rounds; here they were scaled to {rounds}." * (own != rounds)

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from harness.console import say
 from harness.drawing import COLOURS, HONEST, band, bundles, new_figure, prepare
-from harness.runs import JUMP_PARTS, METRICS, OTHERS, Run, read_grid, title
+from harness.runs import JUMP_PARTS, METRICS, OTHERS, Run, read_grid, span, title, titled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,8 +59,8 @@ def jump_figure(runs: Sequence[Run]) -> Figure | None:
     figure, axes = new_figure(rows=2, height=2.4 + 0.8 * len(rows), sharex=False)
     for ax, name in zip(axes, ("loss", "accuracy")):
         plot_jump(ax, runs, name)
-    heading = title("Change of the participants' mean loss and accuracy at the first exclusion", runs)
-    heading += "; lines: ± one standard deviation over the seeds" * any(len(members) > 1 for _, members in rows)
+    note = "; lines: ± one standard deviation over the seeds" * any(len(members) > 1 for _, members in rows)
+    heading = title("Change of the participants' mean loss and accuracy at the first exclusion", runs, note)
     figure.suptitle(heading, fontsize="medium", x=0.02, ha="left")
     return figure
 
@@ -144,20 +145,19 @@ def grid_figures(path: Path) -> Iterator[tuple[str, Figure]]:
     try:
         table = read_grid(path)
     except (ValueError, OSError) as error:
-        print(f"{path}: not drawn, {' '.join(str(error).split())}", file=sys.stderr)
+        say(f"{path}: not drawn, {' '.join(str(error).split())}", sys.stderr)
         return
     rows, columns = table["row"].nunique(), table["column"].nunique()
     if rows < 2 or columns < 2:
         return
     seeds = ", ".join(map(str, sorted(table["seed"].unique())))
     data, rounds = (" and ".join(map(str, table[name].unique())) for name in ("data", "rounds"))
-    span = int(min(10, table["last"].max()))  # as in the table
-    metric, share = f"last {span} of {rounds} rounds, mean ± standard deviation", f"after {rounds} rounds, mean"
+    metric, share = f"last {span(table)} of {rounds} rounds, mean ± standard deviation", f"after {rounds} rounds, mean"
     for name, heading in (METRICS | {"right": "Share of clients judged correctly, and who was excluded"}).items():
         about = f"{data}, {share if name == 'right' else metric} over seeds {seeds}"
         figure, ax = new_figure(height=2 + 0.42 * rows, width=max(8, 3.5 + 0.85 * columns))
         plot_grid(ax, table, name, cell_texts(table, name))
-        figure.suptitle(f"{heading}\n{about}", fontsize="medium", x=0.02, ha="left")
+        figure.suptitle(titled(heading, about), fontsize="medium", x=0.02, ha="left")
         yield f"grid-{'exclusions' if name == 'right' else name}", figure
 
 

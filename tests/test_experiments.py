@@ -1,5 +1,6 @@
 """Tests of lab/experiments.py and harness/jobs.py: grids of runs, their tables, clusters."""
 
+import io
 import json
 import os
 import subprocess
@@ -13,7 +14,8 @@ from conftest import HERE, command, refusal
 
 from harness import cli, jobs
 from harness.cli import main
-from harness.console import report_seeds
+from harness.console import report_cells, report_runs, report_seeds
+from harness.folder import script
 from lab import experiments
 from lab.attacks import ATTACKS
 from lab.experiments import EXPERIMENTS, over_seeds
@@ -33,7 +35,20 @@ def test_experiments_are_the_papers():
         *((100, start, 0.2) for start in (5, 20, 40, 60, 80, None)), (100, None, 0.0),
     ]  # fmt: skip
     assert [(c.rounds, c.mad_start) for c in cells("fig3c").values()] == [(1000, 10), (1000, 500)]
-    assert [c.mad_start for c in cells("fig3a", rounds=20).values()][:6] == [1, 4, 8, 12, 16, None]
+    assert {name: c.mad_start for (name, _), c in cells("fig3a").items() if c.mad_start} == {
+        f"MAD from {start}": start for start in (5, 20, 40, 60, 80)
+    }
+
+
+def test_names_say_the_rounds_that_are_run():
+    """fig3a has 100 rounds. Of 20 rounds, a fifth of each start is left. Of 4 rounds, 5 and 20 both become round 1."""
+    starts = {name: c.mad_start for (name, _), c in cells("fig3a", rounds=20).items()}
+    never = {"never": None, "no attack": None}
+    assert starts == {f"MAD from {start}": start for start in (1, 4, 8, 12, 16)} | never
+    starts = {name: c.mad_start for (name, _), c in cells("fig3a", rounds=4).items()}
+    assert starts == {f"MAD from {start}": start for start in (1, 2, 3)} | never
+    assert len(cells("readings", rounds=1)) == 13 * 3  # MAD from 5 and from 40 are one column
+    assert "{" not in "".join(row + column for name in EXPERIMENTS for row, column in cells(name))
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -53,8 +68,8 @@ def test_cells_are_what_their_names_say():
     assert defences["mean, MAD from 5", "no attack"] == Config(rounds=40, mad_start=5, malicious=0.0)
     assert {c.attack for c in attacks.values()} == ATTACKS.keys() - {"nan"} == {c.attack for c in defences.values()}
     late, on_off = (
-        attacks["label_flip from round 30", "never"],
-        attacks["label_flip, 5 rounds on, 5 off", "MAD from 10"],
+        attacks["label_flip from round 15", "never"],
+        attacks["label_flip, 2 rounds on, 2 off", "MAD from 5"],
     )
     assert late.attack_start == 15  # half as many rounds, so half of round 30
     assert (on_off.attack_period, on_off.mad_start) == (2, 5)
@@ -81,7 +96,8 @@ def test_seeds_are_summed_up_by_hand(capsys):
 
     Runs that were cut short are left out.
     """
-    runs = table(0.5, 0.7, 9.0, complete=[True, True, False], true_exclusions=[2, 1, 0], last=40)
+    runs = table(0.5, 0.7, 9.0, complete=[True, True, False], true_exclusions=[2, 1, 0], averaged=[4, 10, 1])
+    runs["data"] = "phantom images"
     (texts,) = over_seeds(runs).to_dict("records")
     assert texts == {"seeds": 2, "loss": "0.600 ± 0.141", "precision": "", "attackers out": "1.5 ± 0.7"}
     assert over_seeds(table(0.5)).loss.tolist() == ["0.500"]  # one seed has no standard deviation
@@ -90,11 +106,31 @@ def test_seeds_are_summed_up_by_hand(capsys):
     report_seeds(runs)
     assert capsys.readouterr().out.splitlines() == [
         "",
-        "Last 10 rounds: mean ± standard deviation over seeds",
+        "phantom images; last 4 to 10 rounds: mean ± standard deviation over seeds",
         "a, 2 seeds",
         "             attackers out         1.5 ± 0.7",
         "             loss                  0.600 ± 0.141",
     ]
+
+
+def test_a_run_s_means_start_at_its_last_exclusion(tmp_path):
+    """Client 1 leaves in round 4 of 6, so rounds 4 to 6 count: accuracies 0.7, 0.8 and 1.0.
+
+    Their mean is 2.5 / 3. Their changes 0.1 and 0.2 have the sample standard deviation 0.05 * sqrt 2.
+    """
+    accuracies = [0.1, 0.2, 0.3, 0.7, 0.8, 1.0]
+    rounds = [{"round": t, "active": 2 - (t > 3), "honest_accuracy": a} for t, a in enumerate(accuracies, 1)]
+    clients = [(t, client, int(client == 0 or t < 4)) for t in range(1, 7) for client in (0, 1)]
+    pd.DataFrame(rounds).to_csv(tmp_path / "rounds.csv", index=False)
+    pd.DataFrame(clients, columns=["round", "client", "active"]).to_csv(tmp_path / "clients.csv", index=False)
+    known = {"malicious": [1], "excluded": {"1": 4}, "complete": True, "jumps": [], "membership": None}
+    known |= dict.fromkeys(experiments.DETECTION)
+    (tmp_path / "summary.json").write_text(json.dumps(known))
+    about = {"settings": {}, "data": {"name": "phantom"}, "git": {"commit": "abc", "dirty": False}}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    run = experiments.results_of(tmp_path)
+    assert (run["averaged"], run["last"], run["last_exclusion"], run["honest_accuracy"]) == (3, 6, 4, 0.833333)
+    assert run["fluctuation"] == pytest.approx(0.05 * 2**0.5, rel=1e-5)
 
 
 def test_a_table_in_markdown_by_hand():
@@ -119,18 +155,22 @@ def test_an_experiment_writes_its_tables(quick, grid, tmp_path, capsys):
         config = Config(rounds=4, mad_start=2, clients=4, malicious=run.malicious, dataset="phantom", seed=run.seed)
         folder = tmp_path / "grid" / config.name
         rounds, summary = pd.read_csv(folder / "rounds.csv"), json.loads((folder / "summary.json").read_text())
-        assert run.honest_accuracy == pytest.approx(rounds.honest_accuracy.mean(), rel=1e-5)
-        assert run.fluctuation == pytest.approx(rounds.honest_accuracy.diff().std(), rel=1e-5)
+        since = rounds[1:] if summary["excluded"] else rounds  # the attacker is out in round 2
+        assert run.averaged == len(since) == summary["last_50_rounds"]
+        assert run.honest_accuracy == pytest.approx(since.honest_accuracy.mean(), rel=1e-5)
+        assert run.fluctuation == pytest.approx(since.honest_accuracy.diff().std(), rel=1e-5)
         if summary["jumps"]:
             assert run.jump_loss_model == summary["jumps"][0]["loss"]["model"]
             assert run.jump_accuracy == summary["jumps"][0]["accuracy"]["total"]
         assert run.attackers == (run.column == "two") and run.complete and run["last"] == 4
-        assert run.true_exclusions == summary["true_exclusions"] and run.data == "phantom"
+        assert run.true_exclusions == summary["true_exclusions"] and run.data == "phantom images"
     text = (tmp_path / "grid" / "table.md").read_text()
     assert text.startswith(
         "# grid: two by one\n\n`python madsim.py --experiment grid --clients 4 --dataset phantom --seeds 2`;"
     )
-    assert "seeds 0, 1; commit " in text and "over the last 4 rounds" in text
+    assert "seeds 0, 1; commit " in text and "over the last 3 to 4 rounds, without rounds before" in text
+    assert "\ntwo by one; phantom images; last 3 to 4 rounds, mean" in out
+    assert list(runs.columns[-2:]) == ["averaged", "last_exclusion"]
     assert text.count("| MAD from 2 |") == 2
     resumed = next(path for path in (tmp_path / "grid").glob("*s1/config.json"))
     about = json.loads(resumed.read_text())
@@ -227,3 +267,94 @@ def test_each_experiment_has_a_folder_of_its_own(tmp_path):
     folders = [*cli.plan(vars(args))]
     assert [f.parent.name for f in folders] == ["fig3a"] * 7 + ["fig3c"] * 2
     assert len(set(folders)) == 9
+
+
+# ---------------------------------------------------------------- several runs that are no experiment
+
+
+def outcome(name: str, seed: int, true: int, out: float, honest: float, **columns) -> dict:
+    """A row of a `tidy` frame."""
+    found = {"row": name, "column": "", "seed": seed, "attackers": 2, "complete": True, "last": 100, "averaged": 10}
+    found |= {"true_exclusions": true, "false_exclusions": 0, "last_exclusion": out, "data": "PneumoniaMNIST"}
+    return found | {"honest_accuracy": honest, "test_accuracy": 0.85} | columns
+
+
+def test_several_runs_end_with_a_line_for_each(capsys):
+    never = outcome("nomad", 0, 0, np.nan, 0.9, averaged=7, last=7, complete=False)
+    report_runs(pd.DataFrame([outcome("mad5", 0, 2, 6.0, 0.95, averaged=4), outcome("mad20", 0, 2, 20.0, 0.94), never]))
+    assert capsys.readouterr().out.splitlines() == [
+        "",
+        "PneumoniaMNIST; accuracies are means over the last 4 to 10 rounds",
+        "                               attackers  honest  out by    honest      test",
+        "                                     out     out   round  accuracy  accuracy",
+        "mad5-s0                           2 of 2       0       6     0.950     0.850",
+        "mad20-s0                          2 of 2       0      20     0.940     0.850",
+        "nomad-s0, ended after round 7     0 of 2       0             0.900     0.850",
+    ]
+
+
+def test_runs_that_differ_in_the_seed_also_have_means(capsys):
+    report_runs(pd.DataFrame([outcome("mad5", seed, 2, 6.0, 0.9 + seed / 10) for seed in (0, 1)]))
+    out = capsys.readouterr().out
+    assert "mad5-s1" in out and "mad5, 2 seeds\n" in out and "honest accuracy       0.950 ± 0.071\n" in out
+
+
+def test_several_runs_write_their_table(quick, tmp_path, capsys):
+    words = "--rounds 3 --mad-start 2 never --dataset phantom --clients 4 --malicious 0.25 --jobs 1 --out"
+    words = words.split()
+    assert main([*words, str(tmp_path / "a b")]) == 0
+    out = capsys.readouterr().out
+    assert out.endswith(
+        f"Tables       '{tmp_path}/a b/table.csv'\nFigures      python {script('plot.py')} '{tmp_path}/a b'\n"
+    )
+    runs = pd.read_csv(tmp_path / "a b" / "table.csv")
+    assert runs["row"].tolist() == [f"{mad}-rounds3-clients4-malicious0.25-phantom" for mad in ("mad2", "nomad")]
+    assert runs["mad_start"].tolist()[0] == 2 and runs["data"].eq("phantom images").all()
+    assert out.count("Accuracy     participants") == 2  # few runs also have a report each
+    assert main([*words, str(tmp_path / "a b"), "--seeds", "3"]) == 0  # four more runs
+    assert main([*words, str(tmp_path / "b"), "--seeds", "3"]) == 0  # six runs at once are too many
+    four, six = capsys.readouterr().out.split("6 runs, ")
+    assert (four.count("participants"), six.count("participants")) == (8, 0)
+    assert len(pd.read_csv(tmp_path / "b" / "table.csv")) == 6
+
+
+def test_the_table_of_an_experiment_is_not_replaced_by_that_of_resumed_runs(quick, grid, tmp_path, capsys):
+    assert main([*grid, "--out", str(tmp_path)]) == 0
+    before = (tmp_path / "grid" / "table.csv").read_bytes()
+    capsys.readouterr()
+    assert main(["--jobs", "1", "--resume", *map(str, (tmp_path / "grid").glob("mad*"))]) == 0
+    out = capsys.readouterr().out
+    assert out.count("mad2-rounds4-clients4-malicious0-phantom-s1") == 2 and "Tables" not in out
+    assert (tmp_path / "grid" / "table.csv").read_bytes() == before
+
+
+def test_the_table_of_a_grid_has_a_line_per_cell(capsys):
+    rows = [outcome(row, 0, 2, 6.0, 0.9, column=column) for row in ("iid", "dirichlet") for column in ("never", "MAD")]
+    report_cells("two by two", pd.DataFrame(rows))
+    assert capsys.readouterr().out.splitlines() == [
+        "",
+        "two by two; PneumoniaMNIST; last 10 rounds, mean ± standard deviation over seeds",
+        "                attackers  honest    honest      test",
+        "         seeds        out     out  accuracy  accuracy",
+        "iid",
+        "  never      1        2.0     0.0     0.900     0.850",
+        "  MAD        1        2.0     0.0     0.900     0.850",
+        "dirichlet",
+        "  never      1        2.0     0.0     0.900     0.850",
+        "  MAD        1        2.0     0.0     0.900     0.850",
+    ]
+
+
+@pytest.mark.parametrize(("rows", "done"), [((3, 5), "1 of 2 runs"), ((5, 5), "2 of 2 runs")])
+def test_the_bar_of_several_runs_counts_them_and_their_rounds(tmp_path, monkeypatch, rows, done):
+    """Two runs of 5 rounds. The folders get their rows while the bar is shown."""
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", stream)
+    folders = [tmp_path / str(number) for number in range(2)]
+    with jobs.rounds_bar({folder: Config(rounds=5) for folder in folders}):
+        for folder, count in zip(folders, rows):
+            folder.mkdir()
+            (folder / "rounds.csv").write_text("round\n" * (count + 1))
+    last = stream.getvalue().split("\r")[-1]
+    assert last.startswith(f"{done}: ") and f" {sum(rows)}/10 [" in last and " rounds/s]" in last

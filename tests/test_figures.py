@@ -152,6 +152,15 @@ def test_of_one_seed_no_deviation_and_what_ended_early_is_left_out(tmp_path):
     assert figures.cell_texts(table, "test_accuracy")["never", "flip"] == "0.800"
 
 
+@pytest.mark.parametrize(
+    ("columns", "said"), [({}, "last 10 of"), ({"averaged": [4, 9] * 4}, "last 4 to 9 of"), ({"last": 7}, "last 7 of")]
+)
+def test_heat_maps_say_how_many_rounds_their_means_cover(tmp_path, columns, said):
+    """A table of an earlier version has no column `averaged`. Its means are over ten rounds, or over all if fewer."""
+    drawn = dict(figures.grid_figures(write_grid(tmp_path / "table.csv", **columns)))
+    assert f"PneumoniaMNIST, {said} 40 rounds, mean ±" in drawn["grid-test_accuracy"].get_suptitle()
+
+
 @pytest.mark.slow
 def test_an_experiment_of_many_runs_is_drawn_as_heat_maps_alone(tmp_path, capsys):
     for kind in range(plot.MOST_LINES + 1):
@@ -162,6 +171,29 @@ def test_an_experiment_of_many_runs_is_drawn_as_heat_maps_alone(tmp_path, capsys
     names = [Path(line).name for line in out.splitlines()[:-1]]
     assert names == ["fig2.png", *(f"grid-{name}.png" for name in (*runs.METRICS, "exclusions"))]
     assert f"{tmp_path / 'big'}: 10 kinds of runs are too many for one figure of lines;" in err
+
+
+def test_a_table_alone_is_drawn_as_heat_maps(tmp_path, capsys):
+    """The tables in docs/results lie in folders without runs."""
+    write_grid(tmp_path / "b10" / "table.csv")
+    write_grid(tmp_path / "b9" / "table.csv")
+    write_grid(tmp_path / "c" / "table.csv", column="")
+    assert plot.main([str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    grids = [f"grid-{name}" for name in (*runs.METRICS, "exclusions")]
+    shown = [str(tmp_path / "figures" / group / f"{grid}.png") for group in ("b9", "b10") for grid in grids]
+    assert out.splitlines()[:-1] == shown
+    assert err == f"{tmp_path / 'c'}: not drawn, there are no runs, and a heat map needs several rows and columns\n"
+    assert plot.main([str(tmp_path), "--play"]) == 2 and "holds no run" in capsys.readouterr().err
+
+
+def test_the_table_of_several_runs_takes_no_figure_away(tmp_path, capsys):
+    """Several runs write a table with one column. It gives no heat maps, so each run keeps its own figure."""
+    kinds = range(plot.MOST_LINES + 1)
+    loaded = [plot.load_run(make_run(tmp_path / f"r{kind}", mad_start=kind + 1)) for kind in kinds]
+    write_grid(tmp_path / "table.csv", column="")
+    assert [str(name) for name, _ in plot.figures(loaded, tmp_path)] == [f"trust-r{kind}" for kind in kinds]
+    assert "10 kinds of runs are too many" in capsys.readouterr().err
 
 
 def test_an_experiment_of_one_column_has_no_heat_map(tmp_path):

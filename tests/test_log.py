@@ -98,7 +98,9 @@ def test_a_summary_by_hand():
     assert (summary["malicious"], summary["nonfinite"]) == ([1], [2])
     assert (summary["true_exclusions"], summary["false_exclusions"]) == (1, 1)
     assert (summary["precision"], summary["recall"], summary["rounds_to_detection"]) == (0.5, 1.0, 1)
-    assert summary["last_50"] == {"loss": 0.566667, "test_auc": 0.6}
+    assert summary["last_50"] == {"loss": 0.3, "test_auc": 0.7} and summary["last_50_rounds"] == 1  # from round 3 on
+    nobody_out = summarise(rounds, story().assign(active=1), mad_start=1)
+    assert nobody_out["last_50"] == {"loss": 0.566667, "test_auc": 0.6} and nobody_out["last_50_rounds"] == 3
     assert [j["round"] for j in summary["jumps"]] == [2, 3]
 
 

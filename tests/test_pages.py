@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pandas
 import pytest
+from test_figures import measured, write_grid
 from test_plot import CLIENT_ROWS, HONEST_ACCURACY, LOSS, ROUND_COLUMNS, make_run, write_csv
 
 import plot
-from harness import pages
+from harness import pages, runs
 
 # ---------------------------------------------------------------- the page that plays a run
 
@@ -85,6 +86,22 @@ def test_pages_are_written_for_the_runs_that_have_places(tmp_path, capsys):
     page = (tmp_path / "figures" / "x" / "play-a.html").read_text()
     assert not re.search(r"(src|href)=|https?://(?!www.w3.org/2000/svg)", page)  # the page needs no network
     assert plot.main([str(tmp_path / "x" / "b"), "--play"]) == 2
+
+
+def test_several_folders_are_drawn_each_into_a_folder_of_its_own(tmp_path, capsys):
+    one, other = playable(tmp_path / "x" / "a"), playable(tmp_path / "y" / "a")
+    assert plot.main([str(one), str(tmp_path / "absent"), str(other), "--play", "--out", str(tmp_path / "out")]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [str(tmp_path / "out" / place / "a" / "play-a.html") for place in "xy"]
+    assert f"plot: {tmp_path / 'absent'} is not a folder" in err
+    assert plot.main([str(one), str(other), "--play"]) == 0
+    assert (one / "figures" / "play-a.html").is_file() and (other / "figures" / "play-a.html").is_file()
+
+
+def test_a_title_of_several_lines_is_one_line_on_the_page(tmp_path):
+    page = pages.play(plot.load_run(playable(tmp_path / "a", data="a long name " * 12)))
+    shown = content(page)["title"]
+    assert shown.startswith("MAD from round 3: a long name") and shown.count(": ") == 1 and "\n" not in shown
 
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -168,8 +185,36 @@ def test_a_report_holds_table_figures_and_settings(tmp_path, capsys):
     assert str(tmp_path / "r" / "figures" / "report.html") in printed
     for words in ("attacker 2 in round 3", "MAD from round 3", "label_flip, 0.2 of the clients", "nobody"):
         assert f"<td>{words}</td>" in page, words
-    assert "<td>0.475</td>" in page  # the mean of LOSS
+    assert "<td>last 2</td>" in page and "<td>0.150</td>" in page  # the mean of LOSS from the exclusion on
+    assert "<td>last 4</td>" in page and "<td>0.475</td>" in page  # in the other run, nobody is excluded
     assert "<i>" not in page and "&lt;i&gt;" in page
     assert page.count("<img ") == printed.count(".png") > 3
     assert "&quot;mad_start&quot;: 3" in page and "&quot;seed&quot;: 7" in page
     assert not re.search(r"(src|href)=\"(?!data:)", page) and "http" not in page
+
+
+# ---------------------------------------------------------------- the phantom
+
+
+def written(figure) -> str:
+    """All titles of a figure."""
+    return "\n".join([figure.get_suptitle(), *(ax.get_title(loc) for ax in figure.axes for loc in ("left", "center"))])
+
+
+@pytest.mark.parametrize(
+    ("note", "said"), [("", "phantom images, "), ("no network", "phantom images, PneumoniaMNIST was not available")]
+)
+def test_every_figure_and_page_of_the_phantom_says_so(tmp_path, note, said):
+    for seed in (0, 1):
+        folder = measured(tmp_path / f"a-s{seed}", data="phantom", note=note, samples=True, seed=seed).folder
+        parts = dict.fromkeys(("total", "composition", "model"), 0.1)
+        (folder / "summary.json").write_text(json.dumps({"jumps": [{"round": 3, "loss": parts, "accuracy": parts}]}))
+    write_grid(tmp_path / "table.csv", data=runs.data_in_words("phantom", note))
+    loaded = [plot.load_run(folder) for folder in plot.find_runs(tmp_path)]
+    drawn = {name.name: figure for name, figure in plot.figures(loaded, tmp_path)}
+    assert drawn.keys() >= {"fig2", "loss", "jump", "membership", "grid-exclusions", "trust-a-s0"} and len(drawn) == 12
+    for name, figure in drawn.items():
+        assert said.rstrip(", ") in " ".join(written(figure).split()), name
+        assert max(map(len, written(figure).splitlines())) <= runs.TITLE_WIDTH, name
+    assert said in pages.play(plot.load_run(playable(tmp_path / "b", data="phantom", note=note)))
+    assert said.rstrip(", ") in pages.report([plot.load_run(folder)], [], tmp_path)

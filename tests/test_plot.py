@@ -18,10 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 import plot
 from harness import runs
-from harness.runs import variants
+from harness.runs import TITLE_WIDTH, variants
 
 HERE = Path(plot.__file__).parent
 LOSS = [0.9, 0.7, 0.2, 0.1]
@@ -214,7 +215,7 @@ def test_label_tells_runs_of_other_data_or_settings_apart(tmp_path):
 def test_a_long_title_is_wrapped(tmp_path):
     runs = [loaded(tmp_path / str(seed), seed=seed * 10**9) for seed in range(1, 20)]
     first, *rest = plot.title("Loss", runs).splitlines()
-    assert first == "Loss" and len(rest) > 1 and max(map(len, rest)) <= 110
+    assert first == "Loss" and len(rest) > 1 and max(map(len, rest)) <= TITLE_WIDTH
     assert " ".join(rest).endswith(f"seeds {', '.join(str(run.config['seed']) for run in runs)}")
 
 
@@ -340,6 +341,44 @@ def test_find_runs_at_any_depth(tmp_path):
     assert plot.find_runs(str(flat)) == [flat]
 
 
+@pytest.mark.parametrize(
+    ("gone", "kept"),
+    [
+        ({}, [1, 2, 3, 4]),
+        ({2: [3, 4]}, [3, 4]),  # the round of the exclusion already runs without the client
+        ({2: [4]}, [4]),
+        ({2: [1, 2, 3, 4]}, [1, 2, 3, 4]),
+        ({1: [2, 3], 2: [3]}, [4]),  # both come back in round 4, as excluded clients that are observed may
+        ({1: [2], 2: [3]}, [4]),
+        ({1: [2, 4], 2: [3]}, [4]),  # as many clients as in round 3, but others
+    ],
+)
+def test_the_rounds_since_the_last_change_of_the_active_clients(gone, kept):
+    rows = [(t, client, int(t not in gone.get(client, []))) for t in (1, 2, 3, 4) for client in (0, 1, 2)]
+    clients = pandas.DataFrame(rows, columns=["round", "client", "active"])
+    assert runs.steady(pandas.DataFrame({"round": [1, 2, 3, 4]}), clients)["round"].tolist() == kept
+
+
+def test_runs_come_in_the_order_of_their_numbers(tmp_path):
+    names = ["mad5-s0", "mad5-s2", "mad5-s10", "mad20-s0", "mad100-s0", "nomad-s0"]
+    folders = [make_run(tmp_path / f"set{number}" / name) for number in (9, 10) for name in names]
+    assert plot.find_runs(tmp_path) == folders
+    runs = [plot.load_run(folder) for folder in reversed(folders)]
+    drawn = [name for name, _ in plot.figures(runs, tmp_path) if name.name.startswith("trust")]
+    assert drawn == [Path(f"set{number}") / f"trust-{name}" for number in (9, 10) for name in names]
+
+
+def test_a_run_is_loaded_with_all_columns_of_its_files(tmp_path):
+    folder = make_run(tmp_path / "a")
+    write_csv(folder / "rounds.csv", ["round", "test_auc", "loss", "note"], [(1, 0.75, 0.5, "fine"), (2, "", 0.25, "")])
+    write_csv(folder / "clients.csv", [*CLIENT_COLUMNS, "distance"], [(*CLIENT_ROWS[0], 1.5)])
+    run = plot.load_run(folder)
+    assert list(run.rounds.columns) == ["round", "loss", "accuracy", "honest_accuracy", "test_auc", "note"]
+    assert run.rounds["test_auc"].tolist() == [0.75, pytest.approx(float("nan"), nan_ok=True)]
+    assert run.rounds[["accuracy", "note"]].isna().all(axis=None)  # a missing column, and words
+    assert run.clients["distance"].tolist() == [1.5] and run.clients["train_loss"].isna().all()
+
+
 def test_all_figures_are_written_and_named(tmp_path, capsys):
     make_run(tmp_path / "mad3-malicious0.1-s0", samples=True)
     make_run(tmp_path / "fig3a" / "mad3-s0")
@@ -363,6 +402,16 @@ def test_one_run_of_its_own_and_another_folder_for_figures(tmp_path, capsys):
     assert (tmp_path / "drawn" / "loss.png").is_file() and (tmp_path / "drawn" / "trust-mad3-s0.svg").is_file()
     assert not (folder / "figures").exists()
     assert "samples.npz" in capsys.readouterr().err
+
+
+def test_a_long_title_is_folded_and_stays_within_the_figure(tmp_path):
+    of_phantom = {"data": "phantom", "note": "no network"}
+    loaded_runs = [loaded(tmp_path / f"s{seed}", seed=seed, **of_phantom) for seed in (0, 10)]
+    (figure,) = (figure for name, figure in plot.comparisons(loaded_runs) if name == "honest_accuracy")
+    figure.draw_without_rendering()
+    texts = [text for text in figure.findobj(Text) if "PneumoniaMNIST was not available" in text.get_text()]
+    assert len(texts) == 1 and texts[0].get_text().count("\n") == 2
+    assert texts[0].get_window_extent().x1 < figure.bbox.x1
 
 
 def test_svg_is_the_same_each_time(tmp_path):

@@ -300,7 +300,7 @@ def test_several_runs_are_resumed_at_once_in_any_number_of_processes(quick, tmp_
     words = ["--rounds", "5", "--clients", "4", "--malicious", "0.25", "--dataset", "phantom"]
     for jobs, place in (("2", "whole"), ("1", "in one")):
         assert main([*words, "--mad-start", "2", "never", "--jobs", jobs, "--out", str(tmp_path / place)]) == 0
-    folders = [tmp_path / "cut" / path.name for path in sorted((tmp_path / "whole").iterdir())]
+    folders = [tmp_path / "cut" / path.name for path in sorted((tmp_path / "whole").glob("*mad*"))]
     with monkeypatch.context() as patch:
         stop_in(patch, 3, interrupt)
         for start in ("2", "never"):
@@ -322,8 +322,8 @@ def test_an_interruption_ends_all_of_several_runs_in_one_process_and_they_go_on(
     (cut,) = tmp_path.iterdir()  # the second run was not started
     assert capsys.readouterr().err == "\nmadsim: stopped; the same command continues\n"
     assert main(words) == 0
-    assert {path.name for path in tmp_path.iterdir()} > {cut.name}
-    for path in tmp_path.iterdir():
+    assert {path.name for path in tmp_path.glob("*mad*")} > {cut.name}
+    for path in tmp_path.glob("*mad*"):
         assert (path / CSV[0]).read_bytes().count(b"\n") == 4
     capsys.readouterr()
     assert main(words) == 0  # there is nothing left to do
@@ -1059,7 +1059,7 @@ def test_every_small_run_ends_or_is_refused_in_one_line(quick, capsys, tmp_path,
     shutil.rmtree(tmp_path / "out", ignore_errors=True)
     size = ["--rounds", str(rounds), "--clients", str(clients), "--dataset", "phantom", "--jobs", "1"]
     runs_or_is_refused(lambda: main([*words, *size, "--out", str(tmp_path / "out")]), capsys)
-    for folder in (tmp_path / "out").glob("*"):
+    for folder in (tmp_path / "out").glob("*mad*"):
         assert (folder / CSV[0]).read_bytes().startswith(b"round,loss")
 
 

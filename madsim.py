@@ -8,6 +8,7 @@ Shapes: C clients, P parameters, t round.
 
 import os
 import sys
+import warnings
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")  # numpy's idle threads wo
 import numpy as np
 
 import data
-from harness.folder import read_json
+from harness import plugins
+from harness.folder import identity, read_json
 from harness.log import Log
-from lab.attacks import ATTACKS
+from lab.attacks import ATTACKS, Attack
 from lab.partitions import PARTITIONS
 from lab.rules import RULES
 from trust import PRESETS, Settings, aggregate, check_clients, check_limits, initial_state, mad_step, setting
@@ -36,13 +38,17 @@ def simulate(
     """One federated learning run. Ctrl-C ends it early, with `summary["complete"]` false.
 
     `out` is a new folder for the results (None: nothing is written). With `resume` it is the folder of an interrupted
-    run, which continues from its checkpoint; `Config.read(out)` gives its Config. If `dataset` is given, no data set is
-    loaded. `bar` shows a progress bar. Raises ValueError for invalid input or a folder that can't be resumed, OSError
-    for data or folders that can't be read or written, FloatingPointError if all clients diverge.
+    run, which continues from its checkpoint; `Config.read(out)` gives its Config. The run may become longer. If
+    `dataset` is given, no data set is loaded. `bar` shows a progress bar. Several threads may call this function. Warns
+    if the phantom replaces PneumoniaMNIST. Raises ValueError for invalid input or a folder that can't be resumed,
+    OSError for data or folders that can't be read or written, FloatingPointError if all clients diverge.
     """
     from model import initial_weights
 
-    dataset = dataset or data.load(config.dataset, config.data_root)
+    if dataset is None:
+        dataset = data.load(config.dataset, config.data_root)
+        if dataset.note:
+            warnings.warn(f"phantom images, not PneumoniaMNIST: {dataset.note}", stacklevel=2)
     clients = gather(config, dataset)
     rule, f = RULES[config.rule], clients.malicious.sum()
     with Log(config, dataset, clients, out, resume, bar) as log:
@@ -115,7 +121,15 @@ class Config:
 
     def __post_init__(self):
         check_limits(self)
-        check_clients(RULES[self.rule], self.clients, data.malicious_count(self.clients, self.malicious))
+        if not isinstance(ATTACKS[self.attack], Attack):
+            raise ValueError(
+                f"attack {self.attack!r} is not an Attack; use Attack(about, poison=function), for example"
+            )
+        count = data.malicious_count(self.clients, self.malicious)
+        if self.malicious and not count:
+            few = f"malicious {self.malicious:g} of {self.clients} clients rounds to 0 clients"
+            warnings.warn(f"{few}: nobody attacks", stacklevel=3)
+        check_clients(RULES[self.rule], self.clients, count)
         for name in ("mad_start", "attack_start", "membership"):
             value = getattr(self, name)
             if value and value > self.rounds:
@@ -127,6 +141,9 @@ class Config:
         if self.partition == "iid" and self.concentration != Config.concentration:
             raise ValueError(f"concentration {self.concentration} changes nothing with partition iid; leave it out")
 
+    def __reduce__(self):
+        return plugins.depart(self)  # in another process, an attack of one's own would be unknown
+
     def attacking(self, t: int) -> bool:
         """Whether the malicious clients attack in round t."""
         since = t - self.attack_start
@@ -134,32 +151,49 @@ class Config:
 
     @property
     def name(self) -> str:
-        """The name of the run's folder, made from what differs from the defaults: `mad500-s0`, `nomad-clients20-s3`."""
+        """The name of the run's folder, made from what differs from the defaults: `mad500-s0`, `nomad-clients20-s3`.
+
+        Runs with different settings have different names. A word that several settings know follows its setting's name.
+        """
         parts = ["nomad" if self.mad_start is None else f"mad{self.mad_start}"]
         preset = min(PRESETS, key=lambda name: len(_differences(self.settings, PRESETS[name])))
         parts += [] if preset == "paper" else [preset]
         told_elsewhere = {"mad_start", "seed", "settings", "data_root", "device", "threads"}
         changed = {k: v for k, v in _differences(self, Config()).items() if k not in told_elsewhere}
         changed |= _differences(self.settings, PRESETS[preset])
+        known = [PRESETS, *(f.metadata.get("choices", ()) for f in (*fields(self), *fields(self.settings)))]
         for name, value in changed.items():
-            number = f"{value:g}" if isinstance(value, float) else str(value)
-            parts.append(value if isinstance(value, str) else name.replace("_", "") + number)
+            number = f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+            alone = isinstance(value, str) and sum(value in words for words in known) == 1
+            parts.append(number if alone else name.replace("_", "") + number)
         return "-".join([*parts, f"s{self.seed}"])
 
     @classmethod
     def read(cls, folder: str | Path) -> "Config":
-        """The Config of a run's folder. Raises FileNotFoundError if it has none, ValueError if it is damaged."""
+        """The Config of a run's folder. A setting that an earlier version did not have gets its default.
+
+        Raises FileNotFoundError if there is no Config, ValueError if it is damaged or has settings unknown here.
+        """
         path = Path(folder) / "config.json"
         if not path.is_file():
             known = "it holds no config.json" if path.parent.is_dir() else "there is no such folder"
             raise FileNotFoundError(f"{folder} is not a run's folder: {known}")
         written = read_json(path)
+        plugins.refuse_unknown(written, path)
+        own, of_mad = ({f.name for f in fields(of)} for of in (cls, Settings))
         try:
-            settings = Settings(**{f.name: written["settings"][f.name] for f in fields(Settings)})
-            return cls(**{f.name: written[f.name] for f in fields(cls)} | {"settings": settings})
-        except (KeyError, TypeError, ValueError) as error:
+            unknown = sorted(identity(written).keys() - own - of_mad)
+            if lacking := {"rounds", "clients", "seed"} - written.keys():  # every version has these
+                raise KeyError(*lacking)
+            settings = Settings(**{name: value for name, value in written["settings"].items() if name in of_mad})
+            config = cls(**{name: written[name] for name in written.keys() & own} | {"settings": settings})
+            commit = (written.get("git") or {}).get("commit")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error
             raise ValueError(f"{path} is damaged: {reason}") from None
+        if unknown:
+            raise ValueError(f"{path} was written by another version (commit {commit}): {', '.join(unknown)} unknown")
+        return config
 
 
 def _differences(one: Any, other: Any) -> dict[str, Any]:
@@ -172,7 +206,8 @@ class Result:
     """The results of a run.
 
     `rounds`, `clients` and `membership` (None if it was not measured) are pandas frames with the columns of the CSV
-    files. `summary` is the content of summary.json. `weights` [P] is the last global model.
+    files. `summary` is the content of summary.json. `weights` [P] is the last global model. `data` has the `name` and
+    `md5` of the data set, and a `note` that says why the phantom replaced it; the frames carry it in `attrs["data"]`.
     """
 
     config: Config
@@ -180,6 +215,7 @@ class Result:
     clients: Any
     summary: dict[str, Any]
     weights: np.ndarray
+    data: dict[str, str]
     membership: Any = None
 
 

@@ -6,18 +6,30 @@
 import argparse
 import os
 import re
-import shutil
 import sys
 from collections.abc import Collection
 from concurrent.futures import BrokenExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 import data
+from harness import plugins
 from harness.console import fold, introduce, list_names, point_to, report, report_cells, report_runs, say, way_on, whole
-from harness.folder import CHECKPOINT, complete, data_md5, hollow, identity, refuse_changes, refuse_folder
+from harness.folder import (
+    CHECKPOINT,
+    claimed,
+    complete,
+    data_md5,
+    empty,
+    hollow,
+    identity,
+    read_json,
+    refuse_changes,
+    refuse_folder,
+)
 from harness.jobs import simulate_all, workers
 from lab.experiments import EXPERIMENTS, PAPER, tabulate, tidy
 from madsim import Config, Result, gather, simulate
@@ -54,6 +66,9 @@ def make_parser() -> Parser:
         argument_default=argparse.SUPPRESS,
     )
     add_options(parser.add_argument_group("a run"), Config)
+    parser.add_argument(
+        "--plugin", nargs="+", metavar="FILE", help="Python files or modules with attacks, rules and so on of your own"
+    )
     parser.add_argument("--list", action="store_true", help="list all attacks, rules, presets and so on, and exit")
     parser.add_argument("--quick", action="store_true", help=f"a short run: {QUICK} rounds, MAD from the middle")
     several = parser.add_argument_group("several runs and their folders")
@@ -196,6 +211,7 @@ def plan_resumed(given: dict[str, Any]) -> dict[Path, Config]:
         if name in given:
             raise ValueError(f"--resume continues runs that exist; leave out --{name}")
     folders = {folder.resolve(): folder for folder in given["resume"]}.values()  # each once
+    root = given.get("data_root") or os.environ.get("MADSIM_DATA")  # this machine's; a run's own comes last
     runs = {folder: Config.read(folder) for folder in folders}
     for folder in runs:
         if not complete(folder) and not (folder / CHECKPOINT).is_file():
@@ -203,44 +219,74 @@ def plan_resumed(given: dict[str, Any]) -> dict[Path, Config]:
     if len({config.dataset for config in runs.values()}) > 1:
         raise ValueError("these runs have different data sets; resume them one by one")
     for folder, begun in runs.items():
-        runs[folder] = configure(given, begun)
-        starts = {"mad_start": given.get("mad_start", [begun.mad_start])}
-        refuse_changes(
-            folder, identity(asdict(begun)) | {"mad_start": [begun.mad_start]}, identity(asdict(runs[folder])) | starts
-        )
+        runs[folder] = replace(configure(given, begun), data_root=root or begun.data_root)
+        was = as_begun(folder) | {"mad_start": [begun.mad_start]}
+        now = identity(asdict(runs[folder])) | {"mad_start": given.get("mad_start", [begun.mad_start])}
+        refuse_changes(folder, was, now | {"plugins": plugins.described()}, longer=True)
+        if runs[folder].rounds > begun.rounds:
+            say(f"{whole(folder)} has {begun.rounds} rounds; it continues to round {runs[folder].rounds}")
     return runs
 
 
-def make_ready(planned: dict[Path, Config], given: dict[str, Any]) -> tuple[dict[Path, Config], data.Dataset]:
-    """The planned runs that are not complete, and the data set.
+def as_begun(folder: Path) -> dict[str, Any]:
+    """The settings that the run of a folder must keep, with the MD5 of its data and its plugins."""
+    about, config = read_json(folder / "config.json"), identity(asdict(Config.read(folder)))
+    return config | {"data's MD5": data_md5(folder), "plugins": plugins.described(about.get("plugins") or {})}
 
-    Several runs, or an experiment, continue those of an earlier call. Folders that may be replaced are removed last, so
-    that an invalid command removes nothing. Raises ValueError for a folder that may not be replaced.
+
+def replaceable(folder: Path, given: dict[str, Any], continues: bool) -> bool:
+    """Whether a folder in the way of a new run may be replaced. A run of --quick alone replaces that of an earlier one.
+
+    `continues`: the command continues runs of an earlier call.
     """
-    overwrite, resume = "overwrite" in given, "resume" in given
-    continues = ("experiment" in given or len(planned) > 1) and not overwrite
+    if "overwrite" in given or (continues and hollow(folder)):
+        return True
+    path = folder / "config.json"
+    return "quick" in given and path.is_file() and "--quick" in (read_json(path).get("command") or [])
+
+
+def make_ready(
+    planned: dict[Path, Config], given: dict[str, Any], held: ExitStack
+) -> tuple[dict[Path, Config], data.Dataset | None]:
+    """The planned runs that are not complete, and the data set; None if --resume finds all runs complete.
+
+    Several runs, or an experiment, continue those of an earlier call. Folders that may be replaced are emptied last, so
+    that an invalid command removes nothing. The runs' folders stay claimed while `held` is open. Raises ValueError for
+    a folder that may not be replaced.
+    """
+    resume = "resume" in given
+    continues = ("experiment" in given or len(planned) > 1) and "overwrite" not in given
     stay = [folder for folder in planned if resume or (continues and (folder / CHECKPOINT).is_file())]
-    finished = [folder for folder in stay if complete(folder)]
+    finished = [folder for folder in stay if complete(folder) and not (resume and grows(folder, planned[folder]))]
     in_the_way = [folder for folder in planned if folder not in stay and folder.exists()]
     for folder in in_the_way:
-        refuse_folder(folder, replaceable=overwrite or (continues and hollow(folder)))
-    first = next(iter(planned.values()))
-    dataset = data.load(first.dataset, first.data_root)
-    gather(first, dataset)
+        refuse_folder(folder, replaceable(folder, given, continues))
+    runs = {folder: config for folder, config in planned.items() if folder not in finished}
+    dataset = None
+    if runs or not resume:
+        first = next(iter(planned.values()))
+        dataset = data.load(first.dataset, first.data_root)
+        gather(first, dataset)
     for folder in finished:
-        if not resume:
-            md5 = {"data's MD5": data_md5(folder)}
-            now = identity(asdict(planned[folder])) | {"data's MD5": dataset.md5}
-            refuse_changes(folder, identity(asdict(Config.read(folder))) | md5, now)
+        if dataset and not resume:
+            now = {"data's MD5": dataset.md5, "plugins": plugins.described()}
+            refuse_changes(folder, as_begun(folder), identity(asdict(planned[folder])) | now)
         if "experiment" not in given:
             say(f"{whole(folder)} is complete")
+    held.enter_context(claimed(runs))
     for folder in in_the_way:
-        shutil.rmtree(folder)
-    return {folder: config for folder, config in planned.items() if folder not in finished}, dataset
+        empty(folder)
+    return runs, dataset
+
+
+def grows(folder: Path, config: Config) -> bool:
+    """Whether the run of a folder is to become longer than it was begun."""
+    return config.rounds > Config.read(folder).rounds
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run what the command line asks for. Returns 0, or 130 after an interruption; invalid input exits with 2."""
+    load_plugins(argv)
     parser = make_parser()
     given = vars(parser.parse_args(argv))
     if "list" in given:
@@ -251,13 +297,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         planned = plan_resumed(given) if "resume" in given else plan(given)
         tell_alpha(given, planned)
-        with workers(given.get("scheduler")):
-            runs, dataset = make_ready(planned, given)
+        with workers(given.get("scheduler")), ExitStack() as held:
+            runs, dataset = make_ready(planned, given, held)
             if runs:
                 introduce(runs, dataset)
             begun = True
-            jobs = given.get("jobs", os.cpu_count() or 1)
-            results = simulate_all(simulate, runs, dataset, jobs, "scheduler" in given)
+            results = simulate_all(simulate, runs, dataset, given.get("jobs"), "scheduler" in given)
     except BrokenExecutor:
         parser.error(f"the process of a run was killed{way_on(runs, again)}")
     except (ValueError, FloatingPointError) as error:
@@ -270,7 +315,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     done = {folder: result for folder, result in zip(runs, results) if isinstance(result, Result)}
     try:
-        if "experiment" in given:
+        if "experiment" in given and dataset:
             tabulate_all(given, dataset.md5)
         else:
             report_all(planned, done)
@@ -283,6 +328,17 @@ def main(argv: list[str] | None = None) -> int:
     if len(done) < len(runs):
         return 2
     return 0 if all(result.summary["complete"] for result in done.values()) else 130
+
+
+def load_plugins(argv: list[str] | None) -> None:
+    """Load the plugins that a command line names. Their names are then known to its other options."""
+    parser = Parser(prog="madsim", add_help=False, allow_abbrev=False)
+    parser.add_argument("--plugin", nargs="+", default=[])
+    try:
+        for plugin in parser.parse_known_args(argv)[0].plugin:
+            plugins.load(plugin)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def report_all(planned: dict[Path, Config], results: dict[Path, Result]) -> None:
@@ -313,7 +369,7 @@ def tabulate_all(given: dict[str, Any], md5: str) -> None:
         runs = [(folder / replace(run, seed=seed).name, *cell) for cell, run in cells.items() for seed in seeds]
         runs = [run for run in runs if (run[0] / CHECKPOINT).is_file() and data_md5(run[0]) == md5]
         asked = {name: value for name, value in given.items() if name not in NOT_RESULTS} | {"experiment": folder.name}
-        words = [f"{option(name)} {value}" for name, value in asked.items()]
+        words = [f"{option(n)} {' '.join(value) if isinstance(value, list) else value}" for n, value in asked.items()]
         table = tabulate(folder, runs, f"python madsim.py {' '.join(words)}")
         if not table.empty:
             report_cells(EXPERIMENTS[folder.name].about, table)

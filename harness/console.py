@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Collection
 from dataclasses import astuple
 from pathlib import Path
@@ -40,15 +41,23 @@ def whole(*words: str | Path) -> str:
 
 
 def as_command(main: Callable[[], int]) -> int:
-    """Run a `main` as a command of the shell. SIGTERM stops it as Ctrl-C does. Closed output is no traceback."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Run a `main` as a command of the shell. SIGTERM stops it as Ctrl-C does. Closed output is no traceback.
+
+    A warning is one line on standard error.
+    """
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     streams: list[Any] = [stream for stream in (sys.stdout, sys.stderr) if stream]  # None: closed by the caller
     for stream in streams:
-        stream.reconfigure(errors="backslashreplace")  # a folder's name may hold bytes that are not text
+        if hasattr(stream, "reconfigure"):  # a notebook's streams have none
+            stream.reconfigure(errors="backslashreplace")  # a folder's name may hold bytes that are not text
+    shown = warnings.showwarning
+    warnings.showwarning = lambda message, *_: say(f"{Path(sys.argv[0]).stem}: {message}", sys.stderr)
     try:
         try:
             return main()
         finally:
+            signal.signal(signal.SIGTERM, before)
+            warnings.showwarning = shown
             for stream in streams:
                 stream.flush()
     except OSError as error:

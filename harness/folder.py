@@ -6,8 +6,11 @@ The functions raise ValueError for damaged or unexpected files, and OSError for 
 import json
 import math
 import os
+import shutil
+import signal
+import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +50,48 @@ def refuse_folder(folder: Path, replaceable: bool) -> None:
     if not replaceable:
         way_out = "; --resume continues it" if unfinished([folder]) else ""
         raise ValueError(f"{folder} exists; add --overwrite to replace it, or --out DIR for another place{way_out}")
+    if folder.is_symlink():
+        raise ValueError(f"{folder} is a link; it is not replaced, remove it yourself or give --out DIR")
     if not hollow(folder) and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} exists and is not a run's folder; it is not replaced")
     if (folder / "rounds.csv").is_file():
         with open(folder / "rounds.csv", "rb") as file:
-            lock(file)
+            lock(file, folder)
 
 
-def lock(file: Any) -> None:
-    """Lock an open file. Raises ValueError if another process is writing it. The lock ends with the process."""
+@contextmanager
+def claimed(folders: Iterable[Path]) -> Iterator[None]:
+    """Hold the folders of the runs of a command. They are made if they are absent, and removed if they stay empty.
+
+    Raises ValueError if another command holds one of them. Nothing is held on Windows, which can't lock folders.
+    """
+    with ExitStack() as held:
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+            held.callback(remove_if_empty, folder)
+            if os.name != "nt":
+                opened = os.open(folder, os.O_RDONLY)
+                held.callback(os.close, opened)
+                lock(opened, folder)
+        yield
+
+
+def remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def empty(folder: Path) -> None:
+    """Remove what a folder holds. The folder itself stays, and with it the lock of who has claimed it."""
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def lock(file: Any, folder: Path) -> None:
+    """Lock an open file of a run's folder, or the folder. The lock ends when the file is closed.
+
+    Raises ValueError if another process has locked it.
+    """
     try:
         import fcntl
     except ImportError:  # Windows
@@ -64,20 +100,45 @@ def lock(file: Any) -> None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{Path(file.name).parent} is being written by another run of madsim") from None
+            raise ValueError(f"{folder} is being written by another run of madsim") from None
 
 
 def identity(about: dict) -> dict:
     """The settings that a resumed run must keep, from a Config as a dict or from config.json."""
-    apart = {"settings", "data_root", "threads", "command", "git", "versions", "machine", "data", "resumed"}
+    apart = {"settings", "data_root", "threads", "command", "git", "versions", "machine", "data", "resumed", "plugins"}
     return {name: value for name, value in (about | about["settings"]).items() if name not in apart}
 
 
-def refuse_changes(folder: Path, begun: dict, now: dict) -> None:
-    """Raise ValueError, with the names, if settings differ between the run as it was begun and now."""
+def refuse_changes(folder: Path, begun: dict, now: dict, longer: bool = False) -> None:
+    """Raise ValueError, with the names, if settings differ between the run as it was begun and now.
+
+    With `longer`, the number of rounds may have grown.
+    """
+    if longer and isinstance(begun.get("rounds"), int) and begun["rounds"] < now["rounds"]:
+        begun = begun | {"rounds": now["rounds"]}
     changed = [f"{name} {begun.get(name)}, not {value}" for name, value in now.items() if begun.get(name) != value]
     if changed:
-        raise ValueError(f"{folder} was begun with {', '.join(changed)}; a run can't change its settings")
+        but = " (--resume can only add rounds)" if longer and begun.get("rounds") != now["rounds"] else ""
+        raise ValueError(f"{folder} was begun with {', '.join(changed)}; a run can't change its settings{but}")
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Postpone Ctrl-C and SIGTERM until the end of the block. Python gives them to the main thread alone."""
+    came: list[int] = []
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: handler for number, handler in before.items() if handler is not None}  # None: not Python's
+    try:
+        for number in before:
+            signal.signal(number, lambda number, frame: came.append(number))
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 def read_checkpoint(path: Path, kinds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

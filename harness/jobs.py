@@ -1,36 +1,42 @@
 """Several runs at once: processes on this machine, or a Dask cluster."""
 
 import os
+import pickle
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
-from harness.folder import CHECKPOINT
+from harness.folder import CHECKPOINT, script
 
-CONNECT_SECONDS = 10  # ours: the time that a cluster's scheduler has to answer
+CONNECT_SECONDS = 10  # ours: the time that a cluster's scheduler has to answer, and to have a worker
 
 
-def simulate_all(simulate: Callable, runs: dict[Path, Any], dataset: Any, jobs: int, cluster: bool = False) -> list:
+def simulate_all(
+    simulate: Callable, runs: dict[Path, Any], dataset: Any, jobs: int | None, cluster: bool = False
+) -> list:
     """The Result of `simulate` for each of the `runs`, which are Configs by their folders.
 
-    A single run uses all threads. Several runs are processes that share the cores, or jobs on the `cluster` of
-    `workers`. A run continues if its folder has a checkpoint. If one of several fails, the list holds its error.
+    A single run uses all threads. Several runs are `jobs` processes (None: one per core that this process may use), or
+    jobs on the `cluster` of `workers`. A run continues if its folder has a checkpoint. If one of several fails, the
+    list holds its error.
     """
     if not runs:
         return []
     if len(runs) == 1 and not cluster:
         [(folder, config)] = runs.items()
         return [simulate(config, folder, dataset=dataset, resume=(folder / CHECKPOINT).is_file(), bar=True)]
-    from joblib import Parallel, delayed
+    from joblib import Parallel, cpu_count, delayed
 
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")  # if the processes are killed
-    jobs = min(jobs, len(runs))
-    threads = 1 if cluster else max(1, (os.cpu_count() or 1) // jobs)
+    jobs = min(jobs or cpu_count(), len(runs))
+    threads = 1 if cluster else max(1, cpu_count() // jobs)
     each = [(replace(config, threads=config.threads or threads), folder.absolute()) for folder, config in runs.items()]
+    pickle.dumps(each)  # what can't be sent to other processes is a ValueError here; a cluster would wait for ever
     with rounds_bar(runs):
         return Parallel(n_jobs=jobs)(delayed(attempt)(simulate, *run, dataset, sys.argv) for run in each)
 
@@ -41,7 +47,7 @@ def attempt(simulate: Callable, config: Any, folder: Path, dataset: Any, command
     try:
         result = simulate(config, folder, dataset=dataset, resume=(folder / CHECKPOINT).is_file())
     except (ValueError, FloatingPointError) as error:
-        return type(error)(f"{folder}: {error}")
+        return type(error)(str(error) if str(folder) in str(error) else f"{folder}: {error}")
     if not result.summary["complete"]:
         raise KeyboardInterrupt
     return result
@@ -51,8 +57,9 @@ def attempt(simulate: Callable, config: Any, folder: Path, dataset: Any, command
 def workers(scheduler: str | None) -> Iterator[None]:
     """Inside this block, joblib's Parallel runs on the Dask cluster at an address (None: on this machine).
 
-    The workers must see the same folders and find madsim's modules. Raises ValueError for workers with several threads,
-    because PyTorch keeps its threads and its random state per process, and OSError for a cluster that does not answer.
+    The workers must see the same folders. They and the scheduler must find madsim's modules. Raises ValueError if they
+    do not, if there is no worker, or if a worker has several threads, because runs that share a process get no more
+    cores. Raises OSError for a cluster that does not answer.
     """
     if scheduler is None:
         yield
@@ -64,6 +71,14 @@ def workers(scheduler: str | None) -> Iterator[None]:
     except ImportError:
         raise ValueError("--backend dask needs the package distributed: pip install distributed") from None
     with Client(scheduler, timeout=CONNECT_SECONDS) as client, parallel_config(backend="dask"):
+        with suppress(TimeoutError):
+            client.wait_for_workers(1, timeout=CONNECT_SECONDS)
+        if not client.nthreads():
+            raise ValueError(f"the cluster has no workers; start some: dask worker {scheduler} --nthreads 1")
+        found = client.run(find_spec, "madsim") | {"the scheduler": client.run_on_scheduler(find_spec, "madsim")}
+        if lost := [place for place, spec in found.items() if spec is None]:
+            way = f"start it with PYTHONPATH={Path(script('madsim.py')).resolve().parent}"
+            raise ValueError(f"{', '.join(lost)} can't find madsim's modules; {way}")
         if crowded := [worker for worker, threads in client.nthreads().items() if threads != 1]:
             raise ValueError(f"workers {', '.join(crowded)} have several threads; start them with --nthreads 1")
         yield

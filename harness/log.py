@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from harness import plugins
 from harness.console import fold
 from harness.folder import (
     CHECKPOINT,
@@ -29,6 +30,7 @@ from harness.folder import (
     refuse_changes,
     replace_file,
     rounded,
+    uninterrupted,
     write_json,
 )
 from harness.runs import steady
@@ -74,14 +76,15 @@ class Log:
         self.seconds: list[float] = []
         self.kept: list[int] = []
         self.begun, self.summary = False, {"complete": False}
-        self.identity = identity(asdict(config)) | {"data's MD5": dataset.md5}
+        self.data = {"name": dataset.name, "md5": dataset.md5, "note": dataset.note}
+        self.identity = identity(asdict(config)) | {"data's MD5": dataset.md5, "plugins": plugins.described()}
 
     def __enter__(self):
         return self
 
     def begin(self, w: np.ndarray, scores: State) -> tuple[np.ndarray, State]:
         """The global weights w [P] and the State from which the run starts: the given ones, or the checkpoint's."""
-        from tqdm import tqdm
+        from tqdm.auto import tqdm
 
         if self.resume:
             w, scores = self._reopen(w, scores)
@@ -90,9 +93,9 @@ class Log:
         self.bar = tqdm(
             total=self.config.rounds,
             initial=scores.round,
-            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}{postfix}]",
-            desc=self.config.name,
-            disable=None if self.show else True,  # None: no bar if the output is not a terminal
+            bar_format="{n}/{total} |{bar}| {elapsed}<{remaining}{postfix}",  # fits in 80 columns
+            # None: no bar if the output is neither a terminal nor a notebook.
+            disable=not self.show or (False if "ipykernel" in sys.modules else None),
             dynamic_ncols=True,
         )
         self.first, self.lap = scores.round, time.perf_counter()
@@ -104,15 +107,16 @@ class Log:
     def _create(self) -> None:
         """Create the folder of a new run."""
         if self.out:
+            self.out.mkdir(parents=True, exist_ok=True)
+            if any(self.out.iterdir()):
+                raise FileExistsError(f"{self.out} exists and is not empty")
+        for table in self.tables:  # first, as they lock the folder
+            table.create()
+        if self.out:
+            write_json(self.out / "config.json", asdict(self.config) | origin(self.members) | {"data": self.data})
             of = self.dataset
-            data = {"name": of.name, "md5": of.md5, "note": of.note}
-            about = asdict(self.config) | origin(self.members) | {"data": data}
-            self.out.mkdir(parents=True)
-            write_json(self.out / "config.json", about)
             four = np.concatenate([np.flatnonzero(of.train_labels == label)[:2] for label in (0, 1)])  # for Fig. 2
             np.savez(self.out / "samples.npz", images=of.train_images[four], labels=of.train_labels[four])
-        for table in self.tables:
-            table.create()
 
     def _reopen(self, w: np.ndarray, scores: State) -> tuple[np.ndarray, State]:
         """Put the folder back to its checkpoint; returns the checkpoint's weights and scores.
@@ -125,7 +129,8 @@ class Log:
         kinds = {"w": w, "marks": self.last_marks(), "seconds": np.zeros(0), "kept_rounds": np.zeros(0, int)}
         kinds |= {name: np.asarray(value) for name, value in vars(scores).items()}
         found = read_checkpoint(self.out / CHECKPOINT, kinds)
-        refuse_changes(self.out, json.loads(str(found["run"])), self.identity)
+        usual = identity(asdict(type(self.config)()))  # of settings that the run's version did not have
+        refuse_changes(self.out, usual | json.loads(str(found["run"])), self.identity, longer=True)
         for table, (size, crc) in zip(self.tables, found["marks"].tolist()):
             table.reopen(size, crc)
             if table.filled != table.due(int(found["round"])):
@@ -139,12 +144,17 @@ class Log:
         self.seconds, self.kept = found["seconds"].tolist(), found["kept_rounds"].tolist()
         state: dict[str, Any] = {n: found[n] if found[n].ndim else found[n].item() for n in vars(scores)}
         if state["round"] < self.config.rounds:
+            (self.out / "summary.json").unlink(missing_ok=True)  # if the run becomes longer, it is no longer complete
             resumed = [*resumed, {"after_round": state["round"]} | origin(self.members)]
-            write_json(self.out / "config.json", about | {"resumed": resumed})
+            write_json(self.out / "config.json", about | {"rounds": self.config.rounds, "resumed": resumed})
         return found["w"], State(**state)
 
+    @uninterrupted()
     def __call__(self, t: int, W: np.ndarray, train_loss: np.ndarray, metrics: tuple, w: np.ndarray, scores: State):
-        """Record round t: its row of rounds.csv, its rows of clients.csv, and from time to time a checkpoint."""
+        """Record round t: its row of rounds.csv, its rows of clients.csv, and from time to time a checkpoint.
+
+        An interruption comes before or after that. So a folder has all rows of a round, or none.
+        """
         loss, accuracy, test = metrics
         who, honest = scores.active, ~self.members.malicious
         means = [rounded(v[m].mean()) for m in (who, honest) for v in (loss, accuracy)]  # the curves of Fig. 3
@@ -164,11 +174,11 @@ class Log:
         now = time.perf_counter()
         self.seconds.append(now - self.lap)
         self.lap = now
-        # One assignment, so that an interruption finds either all of this round or nothing of it.
         self.last = w, scores, self.last_marks()
         if now - self.saved >= CHECKPOINT_SECONDS:
             self.save()
-        self.bar.set_postfix_str(f"accuracy {means[1]:.3f}, active {who.sum()}", refresh=False)
+        counts = f"{who.sum()} active, {(who & ~honest).sum()} attackers"
+        self.bar.set_postfix_str(f"test {test['accuracy']:.3f}, honest {means[3]:.3f}, {counts}", refresh=False)
         self.bar.update()
         if self.show and t == self.first + SLOW_AFTER:
             self._warn_if_slow()
@@ -209,12 +219,13 @@ class Log:
             replace_file(self.out / CHECKPOINT, content.getvalue())
         self.saved = time.perf_counter()
 
+    @uninterrupted()
     def __exit__(self, kind, error, traceback) -> bool:
         if self.begun:
             self.bar.close()
             if not isinstance(error, OSError):  # do not try again to write what could not be written
                 self.save()
-                self._summarise(complete=kind is None)
+                self._summarise(complete=self.last[1].round == self.config.rounds)
         for table in self.tables:
             table.close()
         if self.begun and isinstance(error, ValueError):  # a rule has too few clients left
@@ -224,7 +235,11 @@ class Log:
     def frames(self) -> list:
         """The rows so far as pandas frames: rounds, clients, and membership (None if it is not measured)."""
         tables = (self.rounds, self.clients, self.membership)
-        return [table and table.frame(self.last[1].round) for table in tables]
+        frames: list[Any] = [table and table.frame(self.last[1].round) for table in tables]
+        for frame in frames:
+            if frame is not None:
+                frame.attrs["data"] = self.data
+        return frames
 
     def _summarise(self, complete: bool) -> None:
         """Make and write the summary, if there is a round."""
@@ -249,7 +264,7 @@ class Log:
     def result(self) -> dict[str, Any]:
         """The fields of `madsim.Result` besides the Config."""
         rounds, clients, membership = self.frames()
-        about = {"summary": self.summary, "weights": self.last[0]}
+        about = {"summary": self.summary, "weights": self.last[0], "data": self.data}
         return about | {"rounds": rounds, "clients": clients, "membership": membership}
 
 
@@ -275,13 +290,13 @@ class Table:
         """Begin the file, with the names of the columns."""
         if self.path:
             self.file = open(self.path, "xb")
-            lock(self.file)
+            lock(self.file, self.path.parent)
             self._write([self.columns])
 
     def reopen(self, size: int, crc: int) -> None:
         """Read the file up to the mark (size, crc). Raises ValueError if that part of the file was changed."""
         self.file = open(self.path, "r+b")
-        lock(self.file)
+        lock(self.file, self.path.parent)
         content = self.file.read(size)
         if len(content) != size or zlib.crc32(content) != crc:
             raise ValueError(f"{self.path} was changed or cut short since the checkpoint; the run can't continue")
@@ -370,6 +385,7 @@ def origin(members: Any) -> dict[str, Any]:
         "git": {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)},
         "versions": {"python": sys.version.split()[0]} | {package: version(package) for package in packages},
         "machine": {"device": str(members.device), "threads": members.threads},
+        "plugins": {Path(plugin).name: sha256 for plugin, sha256 in plugins.loaded.items()},
     }
 
 

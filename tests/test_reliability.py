@@ -221,7 +221,7 @@ def test_a_resumed_run_gives_the_result_of_the_whole_one(stopped, tiny, tmp_path
     ]
     assert timeless[0] == timeless[1]
     (part,) = json.loads((folder / "config.json").read_text())["resumed"]
-    assert part["after_round"] == 3 and set(part) == {"after_round", "command", "git", "versions", "machine"}
+    assert part["after_round"] == 3 and set(part) == {"after_round", "command", "git", "versions", "machine", "plugins"}
 
 
 def test_a_complete_run_is_left_as_it_is(stopped, tiny):
@@ -921,7 +921,11 @@ def test_a_folder_edited_by_hand_gets_one_line(kind, stopped, quick, capsys):
     ("options", "expected"),
     [
         ("--lr 0.01", "was begun with lr 0.001, not 0.01; a run can't change its settings"),
-        ("--rounds 9 --seed 1", "was begun with rounds 6, not 9, seed 0, not 1;"),
+        ("--rounds 9 --seed 1", "was begun with seed 0, not 1;"),
+        (
+            "--rounds 5",
+            "was begun with rounds 6, not 5; a run can't change its settings (--resume can only add rounds)",
+        ),
         ("--mad-start 4", "was begun with mad_start [3], not [4];"),
         ("--mad-start 3 4", "was begun with mad_start [3], not [3, 4];"),
         ("--preset testbed", "was begun with clusters 2, not 1, scale_floor 2.5, not 0.0"),

@@ -68,11 +68,11 @@ def claimed(folders: Iterable[Path]) -> Iterator[None]:
     with ExitStack() as held:
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
-            held.callback(remove_if_empty, folder)
             if os.name != "nt":
                 opened = os.open(folder, os.O_RDONLY)
                 held.callback(os.close, opened)
                 lock(opened, folder)
+            held.callback(remove_if_empty, folder)
         yield
 
 

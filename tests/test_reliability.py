@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import random
 import resource
 import shutil
 import signal
@@ -33,6 +34,7 @@ import model
 import trust
 from harness import cli, log
 from harness.cli import main
+from harness.folder import claimed, complete
 from lab.attacks import ATTACKS, Attack
 from madsim import Config, simulate
 from trust import PRESETS, Settings, aggregate, initial_state, mad_step
@@ -112,6 +114,7 @@ import numpy as np
 import data, madsim
 from harness import cli, log
 from harness.cli import main
+from harness.folder import claimed, complete
 from lab.attacks import ATTACKS, Attack
 
 def die():
@@ -257,30 +260,99 @@ def phantom_run(phantom, tmp_path_factory) -> Path:
     return folder
 
 
+# A run that sends itself a signal some time after round 4. The last round waits for it.
+SIGNALLED = """
+import os, sys, threading, time
+import madsim
+from harness.cli import main
+from harness.folder import claimed, complete
+from harness.console import as_command
+number, delay = int(sys.argv[1]), float(sys.argv[2])
+step = madsim.mad_step
+def mad_step(W, state, t, *rest):
+    if t == 4:
+        threading.Timer(delay, os.kill, (os.getpid(), number)).start()
+    if t == 9:
+        time.sleep(60)
+    return step(W, state, t, *rest)
+madsim.mad_step = mad_step
+sys.argv = ["madsim.py", *sys.argv[3:]]
+sys.exit(as_command(main))
+"""
+
+
 @pytest.mark.slow
-def test_a_signal_leaves_a_folder_that_can_be_resumed_and_says_how(phantom_run, tmp_path, capsys):
-    """Two processes run at the same time. One gets SIGINT, the other gets SIGTERM."""
-    words = ["--rounds", "9", "--mad-start", "4", "--dataset", "phantom", "--threads", "1"]
-    processes = {number: command(*words, "--out", tmp_path / number.name) for number in (signal.SIGINT, signal.SIGTERM)}
-    folders = {number: tmp_path / number.name / phantom_run.name for number in processes}
-    for number, process in processes.items():
-        rounds, deadline = folders[number] / CSV[0], time.time() + 60
-        while time.time() < deadline and not (rounds.exists() and rounds.read_bytes().count(b"\n") > 3):
-            time.sleep(0.05)
-        process.send_signal(number)
-    for number, folder in folders.items():
-        process = processes[number]
-        out, err = process.communicate(timeout=60)
-        written = (folder / CSV[0]).read_bytes().count(b"\n") - 1
-        with np.load(folder / "checkpoint.npz", allow_pickle=False) as checkpoint:
-            complete = int(checkpoint["round"])
-        assert complete in (written, written - 1)  # the signal may come after the first row of a round
-        assert process.returncode == 130 and "Traceback" not in err
-        assert json.loads((folder / "summary.json").read_text())["complete"] is False
-        assert f"Stopped      after round {complete} of 9; continue with: python madsim.py --resume {folder}\n" in out
-        assert main(["--resume", str(folder)]) == 0
-        assert "(attacker) in round 4" in capsys.readouterr().out
-        assert csv_bytes(folder) == csv_bytes(phantom_run)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_folder_that_can_be_resumed_and_says_how(number, phantom_run, tmp_path, capsys):
+    """The signal comes at a random moment."""
+    words = ["--rounds", "9", "--mad-start", "4", "--dataset", "phantom", "--threads", "1", "--out", tmp_path]
+    code = [sys.executable, "-c", SIGNALLED, str(int(number)), str(random.uniform(0, 1.2)), *map(str, words)]
+    done = subprocess.run(code, cwd=HERE, capture_output=True, text=True, timeout=100)
+    folder = tmp_path / phantom_run.name
+    written = (folder / CSV[0]).read_bytes().count(b"\n") - 1
+    with np.load(folder / "checkpoint.npz", allow_pickle=False) as checkpoint:
+        assert int(checkpoint["round"]) == written
+    assert done.returncode == 130 and "Traceback" not in done.stderr
+    assert json.loads((folder / "summary.json").read_text())["complete"] is False
+    assert f"Stopped      after round {written} of 9; continue with: python" in done.stdout
+    assert main(["--resume", str(folder)]) == 0
+    assert "(attacker) in round 4" in capsys.readouterr().out
+    assert csv_bytes(folder) == csv_bytes(phantom_run)
+
+
+def signal_after(monkeypatch, owner, name: str, when) -> None:
+    """Send SIGINT to this process after the first call of a function for which `when(*arguments)` is true."""
+    function = getattr(owner, name)
+
+    def call(*arguments):
+        result = function(*arguments)
+        if when(*arguments):
+            monkeypatch.setattr(owner, name, function)
+            os.kill(os.getpid(), signal.SIGINT)
+        return result
+
+    monkeypatch.setattr(owner, name, call)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "when"),
+    [
+        (log.Table, "append", lambda table, rows: table.path.name == "rounds.csv" and rows[0][0] == 3),
+        (log.Table, "append", lambda table, rows: table.path.name == "clients.csv" and rows[0][0] == 3),
+        (log.Log, "last_marks", lambda run: run.rounds.filled == 3),
+    ],
+    ids=["after the round's row", "after the clients' rows", "before the last assignment"],
+)
+def test_a_signal_while_a_round_is_recorded_waits_until_it_is(owner, name, when, tiny, stopped_and_whole, tmp_path):
+    """Rows, checkpoint and summary then agree on the round. In earlier versions the rows were one round ahead."""
+    config, folder = Config.read(stopped_and_whole / "whole"), tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        signal_after(patch, owner, name, when)
+        result = simulate(config, folder, dataset=tiny)
+    assert len(result.rounds) == 3 and not result.summary["complete"]
+    assert (folder / "rounds.csv").read_bytes().count(b"\n") == 4
+    assert (folder / "clients.csv").read_bytes().count(b"\n") == 31
+    with np.load(folder / "checkpoint.npz") as checkpoint:
+        assert checkpoint["round"] == 3
+    simulate(config, folder, dataset=tiny, resume=True)
+    assert csv_bytes(folder) == csv_bytes(stopped_and_whole / "whole")
+
+
+def test_a_signal_after_the_last_round_leaves_a_complete_run(tiny, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        signal_after(patch, log.Log, "last_marks", lambda run: run.rounds.filled == 2)
+        result = simulate(Config(rounds=2), tmp_path / "run", dataset=tiny)
+    assert result.summary["complete"] and complete(tmp_path / "run")
+
+
+def test_a_second_signal_while_the_run_ends_does_not_lose_its_summary(tiny, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        stop_in(patch, 3, interrupt)
+        signal_after(patch, log.Log, "save", lambda run: run.last[1].round == 2)
+        with pytest.raises(KeyboardInterrupt):
+            simulate(Config(rounds=5), tmp_path / "run", dataset=tiny)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert not summary["complete"] and summary["last_50_rounds"] == 2
 
 
 def test_a_run_stopped_before_its_first_round_ends_can_be_resumed(tiny, quick, tmp_path, capsys, monkeypatch):
@@ -941,6 +1013,54 @@ def test_a_run_is_not_resumed_with_another_setting(options, expected, stopped, q
     before = csv_bytes(folder)
     assert expected in refusal(capsys, *options.split(), "--resume", folder)
     assert csv_bytes(folder) == before
+
+
+def test_a_run_can_be_made_longer_and_its_first_rounds_stay(tiny, quick, tmp_path, capsys):
+    """A run of 3 rounds that continues to 6 writes the bytes of a run of 6, and says what it does."""
+    long = Config(rounds=6, mad_start=2, clients=4, malicious=0.25, dataset="phantom", membership=2)
+    simulate(long, tmp_path / "long", dataset=data.phantom())
+    simulate(replace(long, rounds=3), tmp_path / "run", dataset=data.phantom())
+    assert main(["--resume", str(tmp_path / "run"), "--rounds", "6"]) == 0
+    assert f"{tmp_path / 'run'} has 3 rounds; it continues to round 6\n" in capsys.readouterr().out
+    assert csv_bytes(tmp_path / "run") == csv_bytes(tmp_path / "long")
+    about = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert about["rounds"] == 6 and about["resumed"][0]["after_round"] == 3
+    assert "has 6 rounds" not in capsys.readouterr().out
+    assert "was begun with rounds 6, not 5" in refusal(capsys, "--resume", tmp_path / "run", "--rounds", "5")
+
+
+def test_a_complete_run_that_is_stopped_on_its_way_to_more_rounds_is_not_complete(tiny, tmp_path):
+    folder = tmp_path / "run"
+    simulate(Config(rounds=2), folder, dataset=tiny)
+    assert complete(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_in(patch, 4, lambda: patch.undo() or os.kill(os.getpid(), signal.SIGINT))
+        simulate(Config(rounds=5), folder, dataset=tiny, resume=True)
+    assert not complete(folder) and Config.read(folder).rounds == 5
+    assert simulate(Config.read(folder), folder, dataset=tiny, resume=True).summary["complete"]
+
+
+def test_the_second_of_two_commands_in_one_folder_is_refused_and_harms_nothing(quick, tmp_path, capsys):
+    """The first one holds the folders of its runs, which are still empty."""
+    words = ["--rounds", "1", "--clients", "4", "--dataset", "phantom", "--seeds", "2", "--out", tmp_path]
+    folders = [tmp_path / Config(rounds=1, clients=4, dataset="phantom", seed=seed).name for seed in (0, 1)]
+    with claimed(folders[1:]):
+        line = refusal(capsys, *words)
+        assert line == f"madsim: {folders[1]} is being written by another run of madsim\n"
+        assert folders[1].is_dir() and not folders[0].exists()
+    assert not folders[1].exists()
+    assert main([*map(str, words), "--jobs", "1"]) == 0
+
+
+@pytest.mark.slow
+def test_of_two_commands_at_once_one_goes_on(tmp_path):
+    words = ["--rounds", "3", "--dataset", "phantom", "--seeds", "2", "--out", tmp_path]
+    both = [command(*words) for _ in range(2)]
+    errors = [process.communicate(timeout=100)[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 2], errors
+    (refused,) = (error for process, error in zip(both, errors) if process.returncode == 2)
+    assert refused.count(str(tmp_path)) == 1 and refused.count("\n") == 1
+    assert all(complete(folder) for folder in tmp_path.iterdir() if folder.is_dir())
 
 
 def test_a_run_is_resumed_with_the_same_settings_and_other_threads(stopped, quick):

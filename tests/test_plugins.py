@@ -1,0 +1,238 @@
+"""Tests of attacks, rules and partitions of one's own: they reach every process, or the run is refused."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import HERE, command, refusal
+
+from harness import plugins
+from harness.cli import main
+from lab.attacks import ATTACKS, Attack
+from lab.partitions import PARTITIONS
+from lab.rules import RULES
+from madsim import Config, simulate
+
+PLUGIN = '''
+"""An attack, a rule and a partition."""
+import numpy as np
+from lab.attacks import ATTACKS, Attack
+from lab.partitions import PARTITIONS
+from lab.rules import RULES
+
+def call_all_normal(labels, fraction, rng):
+    return np.zeros_like(labels)
+
+def first(W, weights, f):
+    """The model of the first client."""
+    return W[0]
+
+def in_order(labels, clients, concentration, rng):
+    """Images in the order of their numbers."""
+    return np.array_split(np.arange(len(labels)), clients)
+
+ATTACKS["own_attack"] = Attack("calls every image normal", poison=call_all_normal)
+RULES["own_rule"], PARTITIONS["own_partition"] = first, in_order
+'''
+NAMES = {"attack": "own_attack", "rule": "own_rule", "partition": "own_partition"}
+OPTIONS = [word for kind, name in NAMES.items() for word in (f"--{kind}", name)]
+SHORT = ["--rounds", "2", "--clients", "4", "--malicious", "0.25", "--dataset", "phantom", *OPTIONS]
+
+
+@pytest.fixture(autouse=True)
+def as_before():
+    """Registries, plugins and modules are the old ones after a test."""
+    kept = [(holder, dict(holder)) for holder in (ATTACKS, RULES, PARTITIONS, plugins.loaded)]
+    yield
+    for holder, before in kept:
+        holder.clear()
+        holder.update(before)
+    sys.modules.pop("own", None)
+
+
+@pytest.fixture
+def plugin(tmp_path) -> Path:
+    path = tmp_path / "own.py"
+    path.write_text(PLUGIN)
+    return path
+
+
+# ---------------------------------------------------------------- --plugin
+
+
+def test_a_plugin_is_listed_and_recorded_with_its_hash(plugin, tmp_path, quick, capsys):
+    """The SHA-256 is that of the file, as hashlib and sha256sum give it."""
+    assert main(["--list", "--plugin", str(plugin)]) == 0
+    listed = capsys.readouterr().out
+    assert "own_attack       calls every image normal" in listed and "The model of the first client" in listed
+    assert main([*SHORT, "--plugin", str(plugin), "--out", str(tmp_path / "out")]) == 0
+    (folder,) = (tmp_path / "out").iterdir()
+    recorded = json.loads((folder / "config.json").read_text())["plugins"]
+    assert recorded.keys() == {"own.py"}
+    digest = subprocess.run(["sha256sum", plugin], capture_output=True, text=True).stdout
+    assert digest.startswith(recorded["own.py"]) or not digest
+
+
+def test_a_run_with_a_plugin_is_resumed_with_the_same_file_alone(plugin, tmp_path, quick, capsys):
+    words = ["--plugin", str(plugin)]
+    assert main([*SHORT, *words, "--out", str(tmp_path / "out")]) == 0
+    (folder,) = (tmp_path / "out").iterdir()
+    del ATTACKS["own_attack"]
+    line = refusal(capsys, "--resume", folder, "--rounds", "3")
+    assert "the attack 'own_attack', which is unknown here; load it with --plugin own.py" in line
+    plugins.loaded.clear()
+    del sys.modules["own"]
+    plugin.write_text(PLUGIN + "# changed\n")
+    line = refusal(capsys, "--resume", folder, "--rounds", "3", *words)
+    assert "was begun with plugins own.py (" in line and "not own.py (" in line
+    plugins.loaded.clear()
+    del sys.modules["own"]
+    plugin.write_text(PLUGIN)
+    assert main(["--resume", str(folder), "--rounds", "3", *words]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("absent.py", None, "No such file or directory"),
+        ("absent_module", None, "there is no such module; name its file, or add its folder to PYTHONPATH"),
+        ("broken.py", "1 / 0", "broken.py can't be loaded: ZeroDivisionError: division by zero"),
+        ("torn.py", "def", "can't be loaded: SyntaxError: "),
+        ("data.py", "", "another module has the name data; rename the file"),
+    ],
+)
+def test_a_plugin_that_can_not_be_loaded_is_refused_in_one_line(name, content, expected, tmp_path, capsys):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    path = tmp_path / name if name.endswith(".py") else name
+    assert expected in refusal(capsys, "--plugin", path, "--rounds", "1", "--out", tmp_path / "out")
+    assert Path(name).stem not in set(sys.modules) - {"data"} and not plugins.loaded
+
+
+def test_a_module_is_a_plugin_too(plugin, monkeypatch):
+    monkeypatch.syspath_prepend(plugin.parent)
+    plugins.load("own")
+    assert "own_attack" in ATTACKS and plugins.loaded.keys() == {"own"}
+
+
+def test_a_changed_file_is_not_taken_for_the_loaded_one(plugin):
+    plugins.load(str(plugin))
+    plugins.load(str(plugin))  # twice is no error
+    plugin.write_text(PLUGIN + "# changed\n")
+    with pytest.raises(ValueError, match="the one in use has another"):
+        plugins.load(str(plugin))
+
+
+# ---------------------------------------------------------------- into another process
+
+
+def test_a_config_brings_its_entries_along(small):
+    """Another process does not know the names. Deleting them here has the same effect."""
+    ATTACKS["own_attack"] = Attack("calls every image normal", poison=lambda labels, share, rng: np.zeros_like(labels))
+    RULES["own_rule"] = lambda W, weights, f: W[0]
+    PARTITIONS["own_partition"] = lambda labels, clients, c, rng: np.array_split(np.arange(len(labels)), clients)
+    config = Config(rounds=1, clients=4, malicious=0.25, **NAMES)
+    expected, sent = simulate(config, dataset=small), pickle.dumps(config)
+    for registry, name in zip((ATTACKS, RULES, PARTITIONS), NAMES.values()):
+        del registry[name]
+    with pytest.raises(ValueError, match="attack 'own_attack' is unknown; known: label_flip"):
+        Config(attack="own_attack")
+    arrived = pickle.loads(sent)
+    assert arrived == config
+    assert simulate(arrived, dataset=small).rounds.equals(expected.rounds)
+
+
+def test_an_entry_that_replaces_one_of_ours_is_brought_along(monkeypatch):
+    own = Attack("does nothing")
+    monkeypatch.setitem(ATTACKS, "nan", own)
+    sent = pickle.dumps(Config(attack="nan"))
+    monkeypatch.undo()
+    assert ATTACKS["nan"].submit is not None  # the negative control
+    monkeypatch.setitem(ATTACKS, "nan", ATTACKS["nan"])
+    pickle.loads(sent)
+    assert ATTACKS["nan"] == own
+
+
+def test_functions_that_can_not_be_sent_are_refused_in_one_line(tmp_path, capsys, quick):
+    lock = threading.Lock()
+    ATTACKS["own_attack"] = Attack("holds a lock", poison=lambda labels, share, rng: labels[: lock.locked() or None])
+    words = ["--rounds", "1", "--dataset", "phantom", "--attack", "own_attack", "--out", tmp_path]
+    line = refusal(capsys, *words, "--seeds", "2")
+    assert "attack own_attack can't be sent to another process" in line and "load this file with --plugin" in line
+    assert main([*map(str, words)]) == 0  # a single run needs no other process
+
+
+@pytest.mark.parametrize("entry", [lambda labels, share, rng: labels, "label_flip", None])
+def test_an_attack_that_is_no_attack_is_refused(entry):
+    ATTACKS["own_attack"] = entry
+    with pytest.raises(ValueError, match=r"attack 'own_attack' is not an Attack; use Attack\(about, poison=function\)"):
+        Config(attack="own_attack")
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {here!r})
+exec(open({plugin!r}).read())
+if __name__ == "__main__":
+    from madsim import Config, simulate
+    from harness.cli import main
+    words = {words!r} + sys.argv[1:]
+    for seeds in ("1", "2"):
+        assert main([*words, "--seeds", seeds, "--out", {out!r} + seeds]) == 0
+    from joblib import Parallel, delayed
+    config = Config(rounds=2, clients=4, malicious=0.25, dataset="phantom", **{names!r})
+    together = Parallel(2)(delayed(simulate)(config) for _ in range(2))
+    assert all(run.rounds.equals(simulate(config).rounds) for run in together)
+"""
+
+
+@pytest.mark.slow
+def test_a_script_and_a_plugin_reach_processes_and_give_the_same_bytes(plugin, tmp_path):
+    """The seed 0 of two seeds is the single run. The script defines its functions itself."""
+    (tmp_path / "script.py").write_text(
+        SCRIPT.format(here=str(HERE), plugin=str(plugin), words=SHORT, out=str(tmp_path / "out"), names=NAMES)
+    )
+    subprocess.run([sys.executable, tmp_path / "script.py"], check=True, capture_output=True, timeout=200)
+    out, err = command(*SHORT, "--seeds", "2", "--plugin", plugin, "--out", tmp_path / "by").communicate(timeout=100)
+    assert "2 runs" in out, err
+    (one,) = (tmp_path / "out1").glob("*s0/clients.csv")
+    assert one.read_bytes() == next((tmp_path / "out2").glob("*s0/clients.csv")).read_bytes()
+    assert one.read_bytes() == next((tmp_path / "by").glob("*s0/clients.csv")).read_bytes()
+
+
+@pytest.mark.slow
+def test_plugins_and_scripts_reach_a_cluster_as_the_reference_starts_it(plugin, tmp_path):
+    """The scheduler and the workers start in another folder. First they can't find madsim, then they can."""
+    pytest.importorskip("distributed")
+    (tmp_path / "elsewhere").mkdir()
+
+    def dask(*words: str, path: str = str(HERE)) -> subprocess.Popen:
+        words = [sys.executable, "-m", "distributed.cli.dask_" + words[0], *words[1:], "--no-dashboard"]
+        place = {"cwd": tmp_path / "elsewhere", "env": os.environ | {"PYTHONPATH": path}}
+        return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **place)
+
+    started = []
+    try:
+        for path, port, status in (("", "8797", 2), (str(HERE), "8798", 0)):
+            address = f"tcp://127.0.0.1:{port}"
+            started.append(dask("scheduler", "--host", "127.0.0.1", "--port", port, path=path))
+            started.append(dask("worker", address, "--nworkers", "2", "--nthreads", "1", path=path))
+            words = [*SHORT, "--seeds", "2", "--plugin", plugin, "--backend", "dask", "--scheduler", address]
+            process = command(*words, "--out", tmp_path / "out")
+            _, err = process.communicate(timeout=100)
+            assert process.returncode == status, err
+            if status:
+                assert "can't find madsim's modules; start it with PYTHONPATH=" in err and err.count("\n") == 1
+    finally:
+        for process in started:
+            process.terminate()
+            process.communicate(timeout=30)
+    assert command(*SHORT, "--plugin", plugin, "--out", tmp_path / "here").wait(timeout=100) == 0
+    here, there = (next((tmp_path / place).glob("*s0/clients.csv")) for place in ("here", "out"))
+    assert here.read_bytes() == there.read_bytes()

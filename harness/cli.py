@@ -259,7 +259,7 @@ def main(argv: list[str] | None = None) -> int:
             results = simulate_all(simulate, runs, dataset, jobs, "scheduler" in given)
     except BrokenExecutor:
         parser.error(f"the process of a run was killed{way_on(runs, again)}")
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, ImportError) as error:
         parser.error(str(error))
     except (OSError, MemoryError) as error:
         parser.error(f"{error}{way_on(runs, again) if begun else ''}")

@@ -5,6 +5,11 @@
 Shapes: n images, C clients.
 """
 
+if __name__ == "__main__":
+    from harness.needs import check
+
+    check()
+
 import hashlib
 import os
 import shutil

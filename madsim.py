@@ -6,6 +6,11 @@ Medical Imaging Model Anomaly Detection" (Korobeinikov, Chuprov, Reznik). `simul
 Shapes: C clients, P parameters, t round.
 """
 
+if __name__ == "__main__":
+    from harness.needs import check
+
+    check()
+
 import os
 import sys
 import warnings

@@ -16,6 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
+
+if torch.__version__ < "2.7":  # it fails in round 1, because it can't record vmap
+    way = "pip install -r requirements.txt updates it"
+    raise ImportError(f"torch 2.7 or newer is needed; this is torch {torch.__version__}; {way}")
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap

@@ -13,6 +13,11 @@ The plot functions take matplotlib Axes and leave the legend to the caller, so a
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from harness.needs import check
+
+    check("numpy", "pandas", "matplotlib")
+
 import argparse
 import os
 import sys

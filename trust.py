@@ -116,7 +116,7 @@ class Settings:
 
 PRESETS = {
     "paper": Settings(),
-    "testbed": Settings(  # the authors' public code
+    "testbed": Settings(  # the authors' public code; docs/reference.md says which one
         clusters=1,
         scale_floor=0.0,
         beta_trust=0.75,

@@ -23,6 +23,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+if __name__ == "__main__":
+    from harness.needs import check
+
+    check()
+
 import madsim  # before numpy, because it sets how numpy's threads wait
 
 # isort: split

@@ -61,7 +61,9 @@ def make_parser() -> Parser:
         prog="madsim",
         usage="python madsim.py [--quick] [--rounds N] [--mad-start ROUND ...] [options]",
         description="Simulate federated learning under label flipping, with Model Anomaly Detection (MAD).",
-        epilog="Then `python plot.py results/` draws the results, or with --play makes one page per run that plays it.",
+        epilog="Sources of the defaults: [paper]: the paper says it; [testbed]: the authors' public code, for what the "
+        "paper does not say; [ours]: our own choice. A name with a year is a publication. docs/reference.md says more. "
+        "Then `python plot.py results/` draws the results, or with --play makes one page per run that plays it.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
@@ -88,7 +90,11 @@ def make_parser() -> Parser:
     several.add_argument("--out", type=Path, metavar="DIR", help="folder for the run folders [default: results]")
     several.add_argument("--overwrite", action="store_true", help="replace run folders that exist")
     several.add_argument("--resume", type=Path, nargs="+", metavar="DIR", help="continue interrupted runs")
-    mad = parser.add_argument_group("MAD")
+    mad = parser.add_argument_group(
+        "MAD",
+        "The equations are the paper's. How a distance becomes d is our reading, because the paper does not say it. "
+        "The spread is the largest median distance of the clients from the main cluster's centre in the rounds before.",
+    )
     mad.add_argument("--preset", choices=PRESETS, help="the defaults of MAD's settings [default: paper]")
     add_options(mad, Settings)
     return parser
@@ -305,7 +311,7 @@ def main(argv: list[str] | None = None) -> int:
             results = simulate_all(simulate, runs, dataset, given.get("jobs"), "scheduler" in given)
     except BrokenExecutor:
         parser.error(f"the process of a run was killed{way_on(runs, again)}")
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, ImportError) as error:
         parser.error(str(error))
     except (OSError, MemoryError) as error:
         parser.error(f"{error}{way_on(runs, again) if begun else ''}")

@@ -80,7 +80,7 @@ def list_names() -> None:
 
     def difference(preset: Any) -> str:
         count = sum(one != other for one, other in zip(astuple(preset), astuple(PRESETS["paper"])))
-        return f"{count} settings differ, see trust.py" if count else "MAD as the paper prints it"
+        return f"the authors' public code: {count} settings differ" if count else "the paper, with our reading"
 
     experiments = {name: experiment.about for name, experiment in EXPERIMENTS.items()}
     for option, names in {

@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         count = data.write_png(dataset, clients.shares, clients.attacked_labels.numpy(), folder)
     except FileExistsError:
         parser.error(f"{folder} exists; give the name of a new folder")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         parser.error(f"{error}" + f"; {folder} is incomplete" * begun)
     except KeyboardInterrupt:
         print("\ndata.py: stopped" + f"; {folder} is incomplete" * begun, file=sys.stderr)

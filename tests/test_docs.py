@@ -6,7 +6,7 @@ import re
 import runpy
 import shlex
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +15,13 @@ import pytest
 from conftest import part
 
 import data
-from harness import cli
+from harness import cli, needs
 from harness.log import MEMBERSHIP_COLUMNS, ROUND_COLUMNS
 from lab.attacks import ATTACKS
 from lab.experiments import EXPERIMENTS
 from lab.partitions import PARTITIONS
 from lab.rules import RULES
+from trust import PRESETS, Settings
 
 HERE = Path(__file__).resolve().parents[1]
 PAGES = {
@@ -108,6 +109,35 @@ def test_ci_runs_the_readmes_set_up_and_test():
     assert "grep -m 1 -- '-m pytest' README.md" in (HERE / ".ci" / "run").read_text()
 
 
+def test_the_readme_is_short_and_says_what_a_script_checks():
+    assert len(README.splitlines()) <= 180
+    assert f"You need Python {needs.OLDEST[0]}.{needs.OLDEST[1]} or newer" in README
+    assert [line.startswith(needs.SET_UP) for line in commands(README)[:1]] == [True]
+
+
+def test_the_help_and_the_reference_say_what_the_sources_and_the_spread_are():
+    parser = cli.make_parser()
+    spread = next(group.description for group in parser._action_groups if group.title == "MAD")
+    options, mad = (PAGES["docs/reference.md"].split(f"\n## {name}")[1] for name in ("Options", "MAD"))
+    for source in ("paper", "testbed", "ours"):
+        assert f"[{source}]: " in parser.epilog and f"`[{source}]`" in options
+    assert "spread is the largest median distance" in spread and "*spread* says how far" in mad
+    for about in (f.metadata for f in (*fields(cli.Config), *fields(Settings)) if f.name != "settings"):
+        known = r"(default: never; )?(paper|testbed|ours)\b.*|.* (19|20)\d\d"  # a name with a year is a publication
+        assert re.fullmatch(known, about["source"]), about["source"]
+
+
+def test_the_presets_on_the_reference_page_are_those_of_the_code():
+    rows = re.findall(r"^\| `--([\w-]+)` \| .* \| (\S+) \| (\S*) ?\|$", PAGES["docs/reference.md"], re.MULTILINE)
+    presets = {}
+    for name, paper, testbed in rows:
+        presets[name.replace("-", "_")] = paper.strip("`"), (testbed or paper).strip("`")
+    assert presets == {
+        f.name: tuple(str(getattr(PRESETS[name], f.name)).removesuffix(".0") for name in ("paper", "testbed"))
+        for f in fields(Settings)
+    }
+
+
 @pytest.mark.parametrize("block", [block for page in PAGES.values() for block in blocks("python", page)])
 def test_the_python_on_the_pages_runs(block, small, monkeypatch):
     monkeypatch.setattr(data, "load", lambda *_: small)
@@ -121,12 +151,19 @@ def test_the_python_on_the_pages_runs(block, small, monkeypatch):
             registry.update(entries)
 
 
+def headings(page: str) -> set[str]:
+    """What links can name after a #: the headings of a page in small letters, with hyphens."""
+    found = re.findall(r"^#+ (.*)", page, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_and_the_tests_that_are_named_are_there(page):
     text = PAGES[page]
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
-        if not target.startswith("http"):
-            assert (HERE / page).parent.joinpath(target).exists(), target
+    for target, heading in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", text):
+        path = (HERE / page).parent.joinpath(target) if target else HERE / page
+        assert path.exists(), target
+        assert not heading or heading in headings(path.read_text()), f"{target}#{heading}"
     tests = "".join(path.read_text() for path in (HERE / "tests").glob("test_*.py"))
     for name in set(re.findall(r"`(test_\w+)`", text)) - {*ROUND_COLUMNS, *MEMBERSHIP_COLUMNS}:
         assert f"def {name}(" in tests, name

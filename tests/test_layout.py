@@ -21,6 +21,7 @@ MAY = {  # file -> our files that it may import
     "lab.figures": READERS,
     "madsim": PAPER | REGISTRIES | {"harness.log", "harness.folder", "harness.plugins"},
     "plot": READERS | {"lab.figures"},
+    "harness.needs": set(),
     "harness.folder": set(),
     "harness.plugins": REGISTRIES,
     "harness.log": {"trust", "lab.privacy", "harness.plugins", "harness.console", "harness.folder", "harness.runs"},
@@ -34,6 +35,7 @@ MAY = {  # file -> our files that it may import
 }
 
 COMMANDS = {"madsim": "harness.cli", "data": "harness.png"}  # files that are commands -> their command lines
+SCRIPTS = {*COMMANDS, "plot", "bench.bench"}  # files that first check what they need
 
 
 def path_of(module: str) -> Path:
@@ -52,6 +54,14 @@ def imports(tree: ast.AST) -> set[str]:
     return found
 
 
+def check_of(tree: ast.Module) -> int:
+    """Remove the lines of a script that check what it needs, and return their place."""
+    place = next(i for i, statement in enumerate(tree.body) if isinstance(statement, ast.If))
+    lines = tree.body.pop(place)
+    assert ast.unparse(lines.test) == "__name__ == '__main__'" and imports(lines) & OURS == {"harness.needs"}
+    return place
+
+
 def test_every_file_has_a_rule():
     files = {path.stem for path in HERE.glob("*.py")}
     files |= {f"{f}.{path.stem}" for f in ("lab", "harness") for path in (HERE / f).glob("*.py")}
@@ -65,11 +75,20 @@ def test_each_file_imports_only_what_it_may(module):
         last = tree.body.pop()
         assert isinstance(last, ast.If) and ast.unparse(last.test) == "__name__ == '__main__'"
         assert imports(last) & OURS == {COMMANDS[module], "harness.console"}
+    if module in SCRIPTS:
+        check_of(tree)
     found = imports(tree)
     assert found & OURS <= MAY[module]
     assert not any(name.split(".")[0] in ("bench", "tests") for name in found)
     if module in ("plot", "lab.figures", *READERS):
         assert not any(name.split(".")[0] in ("torch", "model") for name in found)
+
+
+@pytest.mark.parametrize("module", SCRIPTS)
+def test_a_script_checks_what_it_needs_before_it_imports_it(module):
+    tree = ast.parse(path_of(module).read_text())
+    before = imports(ast.Module(tree.body[: check_of(tree)], []))
+    assert {name.split(".")[0] for name in before} <= sys.stdlib_module_names
 
 
 def test_the_leaves_never_see_a_config():

@@ -1,0 +1,38 @@
+"""Whether this Python can run madsim. The scripts ask this before they import anything else.
+
+So this file runs on any Python from 3.6 on, and without any package.
+"""
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+OLDEST = (3, 11)  # the oldest Python that the tests have passed with
+SET_UP = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt"  # as in the README
+MODULES = {"scikit-learn": "sklearn"}  # packages whose modules have another name
+
+
+def check(*packages):
+    """End the program with one line and exit status 2 if Python is too old or if packages are missing.
+
+    `packages` are the names of those that the program needs; by default, all of requirements.txt.
+    """
+    if sys.version_info < OLDEST:
+        oldest, this = (".".join(map(str, version[:3])) for version in (OLDEST, sys.version_info))
+        refuse(f"Python {oldest} or newer is needed; this is Python {this}")
+    missing = [name for name in packages or required() if not find_spec(MODULES.get(name, name))]
+    if missing:
+        way = f"use .venv/bin/python. To set it up, run in madsim's folder: {SET_UP}"
+        refuse(f"missing packages: {', '.join(missing)}; {way}")
+
+
+def required():
+    """The names of the packages in requirements.txt."""
+    lines = (Path(__file__).parents[1] / "requirements.txt").read_text().splitlines()
+    return [line.split(">=")[0] for line in lines if not line.startswith("#")]
+
+
+def refuse(reason):
+    """End the program with this reason in one line, and exit status 2."""
+    print(f"{Path(sys.argv[0]).stem}: {reason}", file=sys.stderr)
+    sys.exit(2)

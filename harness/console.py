@@ -61,6 +61,9 @@ def as_command(main: Callable[[], int]) -> int:
             for stream in streams:
                 stream.flush()
     except OSError as error:
+        if error.filename:  # errors of the output name no file
+            say(f"{Path(sys.argv[0]).stem}: {error}", sys.stderr)
+            return 2
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # do not write the buffered rest again
         if not isinstance(error, BrokenPipeError):  # the reader closed the pipe; other errors: a full disk
             say(f"{Path(sys.argv[0]).stem}: the output can't be written: {error}", sys.stderr)
@@ -189,7 +192,7 @@ def report_runs(table: Any) -> None:
         cells = [*counts, f"{run.honest_accuracy:.3f}", f"{run.test_accuracy:.3f}"]
         rows.append((f"{run.row}-s{run.seed}{ended}", cells))
     show(["attackers out", "honest out", "out by round", "honest accuracy", "test accuracy"], rows)
-    if table["row"].duplicated().any():
+    if (table.groupby("row")["seed"].nunique() > 1).any():
         report_seeds(table)
 
 

@@ -201,9 +201,12 @@ def results_of(folder: Path) -> dict[str, Any]:
 
 
 def over_seeds(table: Any) -> Any:
-    """The results of each cell of a `tidy` frame as texts: mean and sample standard deviation over the seeds."""
+    """The results of each cell of a `tidy` frame as texts: mean and sample standard deviation over the seeds.
+
+    A run and its copy count once.
+    """
     shown = {name: about for name, about in TABLED.items() if name in table}
-    table = table.astype(dict.fromkeys(shown, float))
+    table = table.drop_duplicates(["row", "column", "seed"]).astype(dict.fromkeys(shown, float))
     groups = table[table.complete].groupby(["row", "column"], sort=False)
     texts = groups.size().to_frame("seeds")
     for name, (heading, decimals) in shown.items():

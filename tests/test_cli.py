@@ -6,7 +6,10 @@ import re
 import signal
 import sys
 import time
+import types
+import warnings
 
+import joblib
 import pandas as pd
 import pytest
 import torch
@@ -15,7 +18,7 @@ from conftest import command, refusal
 import data
 from harness import cli
 from harness.cli import main
-from harness.console import minutes
+from harness.console import as_command, minutes
 from lab.attacks import ATTACKS
 from lab.experiments import EXPERIMENTS
 from lab.partitions import PARTITIONS
@@ -161,6 +164,84 @@ def test_a_folder_that_exists_is_not_overwritten_unless_asked(capsys, tmp_path, 
     assert (folder / "summary.json").read_bytes() == before
     assert main([*words, "--overwrite"]) == 0
     assert (folder / "summary.json").read_bytes() != before
+
+
+def test_a_quick_run_replaces_an_earlier_quick_run_and_no_other(quick, tmp_path, monkeypatch, capsys):
+    words = ["--rounds", "2", "--clients", "4", "--dataset", "phantom", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["madsim.py", "--quick", *words])
+    for _ in range(2):
+        assert main() == 0
+    (folder,) = tmp_path.iterdir()
+    about = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(about | {"command": ["madsim.py", "--rounds", "2"]}))
+    assert f"{folder} exists; add --overwrite to replace it" in refusal(capsys, "--quick", *words)
+
+
+def test_a_link_to_a_runs_folder_is_not_replaced(quick, tmp_path, capsys):
+    words = ["--rounds", "1", "--clients", "4", "--dataset", "phantom"]
+    assert main([*words, "--out", str(tmp_path / "there")]) == 0
+    (folder,) = (tmp_path / "there").iterdir()
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / folder.name).symlink_to(folder)
+    line = refusal(capsys, *words, "--out", tmp_path / "here", "--overwrite")
+    assert f"{tmp_path / 'here' / folder.name} is a link; it is not replaced" in line
+    assert (folder / "summary.json").is_file()
+
+
+def test_the_folder_of_the_data_is_this_machines_when_a_run_is_resumed(quick, tmp_path, monkeypatch, capsys):
+    """The option wins over MADSIM_DATA, which wins over the folder that the run was begun with. A complete run needs
+    no data."""
+    monkeypatch.delenv("MADSIM_DATA", raising=False)
+    roots = []
+    phantom = data.phantom()
+    monkeypatch.setattr(data, "load", lambda dataset, root: roots.append(root) or phantom)
+    words = ["--rounds", "1", "--clients", "4", "--out", str(tmp_path)]
+    assert main([*words, "--data-root", "/old"]) == 0
+    (folder,) = tmp_path.iterdir()
+    assert main(["--resume", str(folder)]) == 0 and "is complete" in capsys.readouterr().out
+    assert main(["--resume", str(folder), "--rounds", "2"]) == 0
+    monkeypatch.setenv("MADSIM_DATA", "/new")
+    assert main(["--resume", str(folder), "--rounds", "3"]) == 0
+    assert main(["--resume", str(folder), "--rounds", "4", "--data-root", "/given"]) == 0
+    assert roots == ["/old", "/old", "/new", "/given"]
+
+
+def test_processes_are_not_more_than_the_cores_that_may_be_used(quick, tmp_path, monkeypatch):
+    """joblib counts affinity, containers and LOKY_MAX_CPU_COUNT. The environment variable limits 64 cores to 1."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
+    started = []
+
+    class Here(joblib.Parallel):
+        def __init__(self, n_jobs):
+            started.append(n_jobs)
+            super().__init__(n_jobs)
+
+    monkeypatch.setattr(joblib, "Parallel", Here)
+    words = ["--rounds", "1", "--clients", "4", "--dataset", "phantom", "--seeds", "2", "--out", str(tmp_path)]
+    assert main(words) == 0 and started == [1]
+    about = json.loads(next(tmp_path.rglob("config.json")).read_text())
+    assert about["threads"] == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_command_in_a_notebook_leaves_streams_signals_and_warnings_as_they_were(number, monkeypatch):
+    """A notebook's streams have no `reconfigure`. The kernel has a handler of its own."""
+    monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(write=lambda text: None, flush=lambda: None))
+    before = signal.getsignal(number), warnings.showwarning
+    assert as_command(lambda: 7) == 7
+    assert (signal.getsignal(number), warnings.showwarning) == before
+
+
+def test_a_warning_is_one_line_of_a_command(capsys):
+    as_command(lambda: warnings.warn("nobody attacks", stacklevel=1) or 0)
+    assert capsys.readouterr().err.endswith(": nobody attacks\n")
+
+
+def test_an_error_of_a_file_is_not_called_one_of_the_output(capsys):
+    assert as_command(lambda: open("x" * 300)) == 2
+    err = capsys.readouterr().err
+    assert "File name too long" in err and "output" not in err and err.count("\n") == 1
 
 
 def test_a_folder_that_is_no_run_is_never_overwritten(capsys, tmp_path):

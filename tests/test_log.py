@@ -2,6 +2,8 @@
 
 import csv
 import json
+import sys
+import types
 from dataclasses import replace
 
 import numpy as np
@@ -55,6 +57,23 @@ def test_config_json_holds_what_is_needed_to_run_it_again(small, tmp_path):
     assert set(written["versions"]) >= {"python", "numpy", "torch", "scikit-learn"}
     assert set(written["git"]) == {"commit", "dirty"}
     assert written["command"]
+
+
+def test_the_bar_shows_accuracies_clients_and_attackers_also_in_a_notebook(small, monkeypatch, capsys):
+    """A kernel's error stream is no terminal. With 80 columns nothing of the bar is cut off."""
+    monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
+    monkeypatch.setenv("COLUMNS", "80")
+    result = simulate(Config(rounds=3, mad_start=2), dataset=small, bar=True)
+    last, left = result.rounds.iloc[-1], len(result.summary["malicious"]) - result.summary["true_exclusions"]
+    shown = capsys.readouterr().err.rstrip().split("\r")[-1]
+    expected = f"test {last.test_accuracy:.3f}, honest {last.honest_accuracy:.3f}"
+    assert shown.startswith("3/3 |") and shown.endswith(f", {expected}, {last.active:.0f} active, {left} attackers")
+    assert len(shown) <= 80
+
+
+def test_there_is_no_bar_without_a_terminal(small, capsys):
+    simulate(Config(rounds=1), dataset=small, bar=True)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(("usual", "threads", "told"), [(1e-9, 2, True), (1e-9, 1, False), (1e3, 2, False)])

@@ -1,16 +1,20 @@
 """Tests of madsim.py: whole runs that check the paper's claims."""
 
-from dataclasses import replace
+import json
+import warnings
+from dataclasses import fields, replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
+import data
 import madsim
 import model
 from lab.attacks import ATTACKS
 from madsim import Config, simulate
-from trust import PRESETS
+from trust import PRESETS, Settings
 
 # ---------------------------------------------------------------- the paper's story
 
@@ -125,6 +129,77 @@ def test_names_tell_what_differs_from_the_defaults():
     assert Config(settings=PRESETS["testbed"]).name == "nomad-testbed-s0"
     assert Config(settings=replace(PRESETS["paper"], threshold=0.3)).name == "nomad-threshold0.3-s0"
     assert Config(threads=1, device="cpu", data_root="x").name == "nomad-s0"
+
+
+def test_different_runs_have_different_names():
+    """`testbed` is a preset and a reading of eq. (2). A number is written in full if six digits do not tell it."""
+    assert Config(settings=Settings(equation2="testbed")).name == "nomad-equation2testbed-s0"
+    assert Config(lr=0.0012).name == "nomad-lr0.0012-s0"
+    assert Config(lr=0.00120000001).name == "nomad-lr0.00120000001-s0"
+    each = [{"attack": "scaled"}, {"rule": "median"}, {"partition": "dirichlet"}, {"clients": 20}, {"epochs": 20}]
+    settings = [{f.name: value} for f in fields(Settings) for value in f.metadata.get("choices", ())]
+    configs = [Config(**options) for options in each] + [Config(settings=Settings(**options)) for options in settings]
+    configs += [Config(settings=preset) for preset in PRESETS.values()]
+    assert len({config.name for config in configs}) == len(set(configs)) == 15
+
+
+def test_a_fraction_that_makes_nobody_malicious_is_said():
+    with pytest.warns(UserWarning, match=r"malicious 0.05 of 10 clients rounds to 0 clients: nobody attacks"):
+        Config(malicious=0.05)
+    with warnings.catch_warnings(action="error"):
+        Config(malicious=0.06)  # one client
+        Config(malicious=0.0)
+
+
+def test_the_phantom_in_place_of_the_real_data_is_said_and_kept_with_the_result(quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "download", lambda root: (_ for _ in ()).throw(FileNotFoundError("no network")))
+    config = Config(rounds=1, clients=4, malicious=0.0, data_root=tmp_path)
+    with pytest.warns(UserWarning, match="phantom images, not PneumoniaMNIST: no network") as said:
+        result = simulate(config)
+    assert len(said) == 1 and Path(said[0].filename) == Path(__file__)
+    assert result.summary["note"] == result.data["note"] == "no network" and result.data["name"] == "phantom"
+    assert result.rounds.attrs["data"] == result.clients.attrs["data"] == result.data
+    with warnings.catch_warnings(action="error"):
+        assert simulate(replace(config, dataset="phantom")).data["note"] == ""
+
+
+# ---------------------------------------------------------------- config.json
+
+
+@pytest.fixture
+def written(small, tmp_path) -> Path:
+    """The config.json of a run with a setting of MAD and one of the run that differ from the defaults."""
+    config = Config(rounds=1, clients=4, malicious=0.25, settings=Settings(threshold=0.3))
+    simulate(config, tmp_path / "run", dataset=small)
+    assert Config.read(tmp_path / "run") == config
+    return tmp_path / "run" / "config.json"
+
+
+def test_the_config_of_an_earlier_version_has_defaults_for_settings_added_since(written):
+    about = json.loads(written.read_text())
+    del about["membership"], about["plugins"], about["settings"]["nobody_left"]
+    written.write_text(json.dumps(about))
+    read = Config.read(written.parent)
+    assert read.clients == 4 and read.settings.threshold == 0.3
+    assert read.membership is None and read.settings.nobody_left == "keep"
+
+
+@pytest.mark.parametrize("place", ["run", "settings"])
+def test_the_config_of_a_later_version_is_refused_with_its_version(place, written):
+    about = json.loads(written.read_text())
+    (about if place == "run" else about["settings"])["indicator"] = "squared"
+    written.write_text(json.dumps(about | {"git": {"commit": "abc123", "dirty": False}}))
+    with pytest.raises(ValueError, match=r"was written by another version \(commit abc123\): indicator unknown"):
+        Config.read(written.parent)
+
+
+@pytest.mark.parametrize("name", ["rounds", "clients", "seed", "settings"])
+def test_a_config_without_what_every_version_writes_is_damaged(name, written):
+    about = json.loads(written.read_text())
+    del about[name]
+    written.write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=f"is damaged: no '{name}'"):
+        Config.read(written.parent)
 
 
 def test_a_run_is_resumed_in_its_folder(small):

@@ -206,8 +206,8 @@ def over_seeds(table: Any) -> Any:
     A run and its copy count once.
     """
     shown = {name: about for name, about in TABLED.items() if name in table}
-    table = table.drop_duplicates(["row", "column", "seed"]).astype(dict.fromkeys(shown, float))
-    groups = table[table.complete].groupby(["row", "column"], sort=False)
+    runs = table[table.complete].drop_duplicates(["row", "column", "seed"]).astype(dict.fromkeys(shown, float))
+    groups = runs.groupby(["row", "column"], sort=False)
     texts = groups.size().to_frame("seeds")
     for name, (heading, decimals) in shown.items():
         texts[heading] = groups[name].apply(in_words, decimals)

@@ -87,8 +87,8 @@ def test_the_options_given_hold_in_every_cell():
 
 def table(*losses: float, **columns) -> pd.DataFrame:
     """The table that `tidy` makes from the runs of one cell with these losses."""
-    rows = [{"row": "a", "column": "b", "complete": True, "loss": loss, "precision": None} for loss in losses]
-    return pd.DataFrame(rows).assign(**columns)
+    cell = {"row": "a", "column": "b", "complete": True, "precision": None}
+    return pd.DataFrame([cell | {"seed": seed, "loss": loss} for seed, loss in enumerate(losses)]).assign(**columns)
 
 
 def test_seeds_are_summed_up_by_hand(capsys):
@@ -103,6 +103,8 @@ def test_seeds_are_summed_up_by_hand(capsys):
     assert over_seeds(table(0.5)).loss.tolist() == ["0.500"]  # one seed has no standard deviation
     missed = pd.Series([3.0, 4.0, np.nan])
     assert [experiments.in_words(missed[start:], 1) for start in (0, 1, 2)] == ["3.5 ± 0.7 (of 2)", "4.0 (of 1)", ""]
+    copied = pd.concat([runs, runs[:1]])  # a copy of a run is no further seed
+    assert over_seeds(copied).to_dict("records") == [texts | {"seeds": 2}]
     report_seeds(runs)
     assert capsys.readouterr().out.splitlines() == [
         "",

@@ -164,11 +164,8 @@ def tell_alpha(given: dict[str, Any], planned: dict[Path, Config]) -> None:
     parts = sorted({config.partition for config in planned.values()} - {"iid"})
     if parts and "alpha" in given and "concentration" not in given:
         values = " or ".join(f"{c:g}" for c in sorted({config.concentration for config in planned.values()}))
-        print(
-            f"madsim: --alpha {given['alpha']:g} is MAD's alpha in eq. (2); "
-            f"partition {' or '.join(parts)} uses --concentration, here {values}",
-            file=sys.stderr,
-        )
+        uses = f"partition {' or '.join(parts)} uses --concentration, here {values}"
+        say(f"madsim: --alpha {given['alpha']:g} is MAD's alpha in eq. (2); {uses}", sys.stderr)
 
 
 def plan_experiments(given: dict[str, Any]) -> dict[Path, dict[tuple[str, str], Config]]:
@@ -230,7 +227,7 @@ def plan_resumed(given: dict[str, Any]) -> dict[Path, Config]:
         now = identity(asdict(runs[folder])) | {"mad_start": given.get("mad_start", [begun.mad_start])}
         refuse_changes(folder, was, now | {"plugins": plugins.described()}, longer=True)
         if runs[folder].rounds > begun.rounds:
-            say(f"{whole(folder)} has {begun.rounds} rounds; it continues to round {runs[folder].rounds}")
+            say(f"{whole(folder)} continues to round {runs[folder].rounds} instead of {begun.rounds}")
     return runs
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import data
 from harness.cli import Parser, add_options
+from harness.console import say, whole
 from lab.attacks import ATTACKS
 from madsim import Config, gather
 
@@ -37,10 +38,10 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         parser.error(f"{error}" + f"; {folder} is incomplete" * begun)
     except KeyboardInterrupt:
-        print("\ndata.py: stopped" + f"; {folder} is incomplete" * begun, file=sys.stderr)
+        say("data.py: stopped" + f"; {folder} is incomplete" * begun, sys.stderr)
         return 130
     if dataset.note:
-        print(f"phantom images: {dataset.note}", file=sys.stderr)
+        say(f"phantom images: {dataset.note}", sys.stderr)
     true = f"; the labels are true, because attack {config.attack} changes none" * (not ATTACKS[config.attack].poison)
-    print(f"{count} {dataset.name} images of {config.clients} clients in {folder}{true}")
+    say(f"{count} {dataset.name} images of {config.clients} clients in {whole(folder)}{true}")
     return 0

@@ -30,7 +30,7 @@ MAY = {  # file -> our files that it may import
     "harness.drawing": {"harness.runs"},
     "harness.pages": {"harness.runs", "harness.folder", "harness.console"},
     "harness.console": PAPER | LAB | {"harness.folder", "harness.log", "harness.runs"},
-    "harness.png": {"data", "madsim", "lab.attacks", "harness.cli"},
+    "harness.png": {"data", "madsim", "lab.attacks", "harness.cli", "harness.console"},
     "harness.cli": PAPER | LAB | HARNESS | {"madsim"},
 }
 

@@ -177,7 +177,7 @@ class Log:
         self.last = w, scores, self.last_marks()
         if now - self.saved >= CHECKPOINT_SECONDS:
             self.save()
-        counts = f"{who.sum()} active, {(who & ~honest).sum()} attackers"
+        counts = f"active {who.sum()}, attackers {(who & ~honest).sum()}"
         self.bar.set_postfix_str(f"test {test['accuracy']:.3f}, honest {means[3]:.3f}, {counts}", refresh=False)
         self.bar.update()
         if self.show and t == self.first + SLOW_AFTER:

@@ -67,7 +67,7 @@ def test_the_bar_shows_accuracies_clients_and_attackers_also_in_a_notebook(small
     last, left = result.rounds.iloc[-1], len(result.summary["malicious"]) - result.summary["true_exclusions"]
     shown = capsys.readouterr().err.rstrip().split("\r")[-1]
     expected = f"test {last.test_accuracy:.3f}, honest {last.honest_accuracy:.3f}"
-    assert shown.startswith("3/3 |") and shown.endswith(f", {expected}, {last.active:.0f} active, {left} attackers")
+    assert shown.startswith("3/3 |") and shown.endswith(f", {expected}, active {last.active:.0f}, attackers {left}")
     assert len(shown) <= 80
 
 

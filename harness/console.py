@@ -78,20 +78,20 @@ def list_names() -> None:
     from lab.rules import RULES
     from trust import PRESETS
 
-    def first_lines(registry: dict[str, Callable]) -> dict[str, str]:
-        return {name: (entry.__doc__ or "").split("\n")[0].rstrip(".") for name, entry in registry.items()}
+    def sentences(registry: dict[str, Any]) -> dict[str, str]:
+        about = {name: getattr(entry, "about", entry.__doc__) or "" for name, entry in registry.items()}
+        return {name: text.split("\n")[0].rstrip(".") for name, text in about.items()}
 
     def difference(preset: Any) -> str:
         count = sum(one != other for one, other in zip(astuple(preset), astuple(PRESETS["paper"])))
         return f"the authors' public code: {count} settings differ" if count else "the paper, with our reading"
 
-    experiments = {name: experiment.about for name, experiment in EXPERIMENTS.items()}
     for option, names in {
-        "--attack": {name: attack.about for name, attack in ATTACKS.items()},
-        "--partition": first_lines(PARTITIONS),
-        "--rule": first_lines(RULES),
+        "--attack": sentences(ATTACKS),
+        "--partition": sentences(PARTITIONS),
+        "--rule": sentences(RULES),
         "--preset": {name: difference(preset) for name, preset in PRESETS.items()},
-        "--experiment": experiments | {"paper": " and ".join(PAPER)},
+        "--experiment": sentences(EXPERIMENTS) | {"paper": " and ".join(PAPER)},
     }.items():
         print(option)
         for name, about in names.items():

@@ -169,8 +169,9 @@ def test_functions_that_can_not_be_sent_are_refused_in_one_line(tmp_path, capsys
 
 
 @pytest.mark.parametrize("entry", [lambda labels, share, rng: labels, "label_flip", None])
-def test_an_attack_that_is_no_attack_is_refused(entry):
+def test_an_attack_that_is_no_attack_is_listed_and_refused(entry, capsys):
     ATTACKS["own_attack"] = entry
+    assert main(["--list"]) == 0 and "\n  own_attack" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"attack 'own_attack' is not an Attack; use Attack\(about, poison=function\)"):
         Config(attack="own_attack")
 

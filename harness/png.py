@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         parser.error(f"{error}" + f"; {folder} is incomplete" * begun)
     except KeyboardInterrupt:
+        print(file=sys.stderr)  # ends the line of the terminal's ^C
         say("data.py: stopped" + f"; {folder} is incomplete" * begun, sys.stderr)
         return 130
     if dataset.note:

@@ -30,7 +30,7 @@ from harness.folder import (
     refuse_changes,
     refuse_folder,
 )
-from harness.jobs import simulate_all, workers
+from harness.jobs import refuse_unsendable, simulate_all, workers
 from lab.experiments import EXPERIMENTS, PAPER, tabulate, tidy
 from madsim import Config, Result, gather, simulate
 from trust import PRESETS, Settings
@@ -276,6 +276,7 @@ def make_ready(
             refuse_changes(folder, as_begun(folder), identity(asdict(planned[folder])) | now)
         if "experiment" not in given:
             say(f"{whole(folder)} is complete")
+    refuse_unsendable(list(runs.values()), "scheduler" in given)
     held.enter_context(claimed(runs))
     for folder in in_the_way:
         empty(folder)

@@ -36,9 +36,28 @@ def simulate_all(
     jobs = min(jobs or cpu_count(), len(runs))
     threads = 1 if cluster else max(1, cpu_count() // jobs)
     each = [(replace(config, threads=config.threads or threads), folder.absolute()) for folder, config in runs.items()]
-    pickle.dumps(each)  # what can't be sent to other processes is a ValueError here; a cluster would wait for ever
     with rounds_bar(runs):
         return Parallel(n_jobs=jobs)(delayed(attempt)(simulate, *run, dataset, sys.argv) for run in each)
+
+
+def refuse_unsendable(configs: list, cluster: bool) -> None:
+    """Raise ValueError for Configs that other processes can't take. On a cluster, joblib would wait for ever."""
+    if len(configs) > 1 or cluster:
+        content = pickle.dumps(configs)
+    if cluster:
+        from distributed import get_client
+
+        try:
+            get_client().run(unpickle, content)
+            get_client().run_on_scheduler(unpickle, content)
+        except Exception as error:  # unpickling raises many types
+            way = "start it again if a plugin has changed, with the folders of your own modules in PYTHONPATH"
+            raise ValueError(f"the cluster can't take the runs: {error}; {way}") from None
+
+
+def unpickle(content: bytes) -> None:
+    """Unpickle Configs in another process, to see that it can."""
+    pickle.loads(content)
 
 
 def attempt(simulate: Callable, config: Any, folder: Path, dataset: Any, command: list[str]) -> Any:

@@ -168,6 +168,16 @@ def test_functions_that_can_not_be_sent_are_refused_in_one_line(tmp_path, capsys
     assert main([*map(str, words)]) == 0  # a single run needs no other process
 
 
+def test_what_can_not_be_sent_is_refused_before_folders_are_emptied(tmp_path, capsys, quick):
+    words = ["--rounds", "1", "--dataset", "phantom", "--attack", "own_attack", "--out", str(tmp_path)]
+    lock = threading.Lock()
+    ATTACKS["own_attack"] = Attack("holds a lock", poison=lambda labels, share, rng: labels[: lock.locked() or None])
+    assert main(words) == 0
+    before = sorted(tmp_path.rglob("*"))
+    assert "can't be sent" in refusal(capsys, *words, "--seeds", "2", "--overwrite")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 @pytest.mark.parametrize("entry", [lambda labels, share, rng: labels, "label_flip", None])
 def test_an_attack_that_is_no_attack_is_listed_and_refused(entry, capsys):
     ATTACKS["own_attack"] = entry
@@ -230,6 +240,11 @@ def test_plugins_and_scripts_reach_a_cluster_as_the_reference_starts_it(plugin, 
             assert process.returncode == status, err
             if status:
                 assert "can't find madsim's modules; start it with PYTHONPATH=" in err and err.count("\n") == 1
+        plugin.write_text(PLUGIN + "# changed while the workers run\n")
+        process = command(*words, "--overwrite", "--out", tmp_path / "out")
+        _, err = process.communicate(timeout=100)
+        assert process.returncode == 2 and "the cluster can't take the runs: plugin" in err and "Traceback" not in err
+        plugin.write_text(PLUGIN)
     finally:
         for process in started:
             process.terminate()

@@ -237,15 +237,15 @@ def as_begun(folder: Path) -> dict[str, Any]:
     return config | {"data's MD5": data_md5(folder), "plugins": plugins.described(about.get("plugins") or {})}
 
 
-def replaceable(folder: Path, given: dict[str, Any], continues: bool) -> bool:
+def replaceable(folder: Path, config: Config, given: dict[str, Any], continues: bool) -> bool:
     """Whether a folder in the way of a new run may be replaced. A run of --quick alone replaces that of an earlier one.
 
-    `continues`: the command continues runs of an earlier call.
+    It does not replace one that was made longer. `continues`: the command continues runs of an earlier call.
     """
     if "overwrite" in given or (continues and hollow(folder)):
         return True
-    path = folder / "config.json"
-    return "quick" in given and path.is_file() and "--quick" in (read_json(path).get("command") or [])
+    about = read_json(folder / "config.json") if "quick" in given and (folder / "config.json").is_file() else {}
+    return "--quick" in (about.get("command") or []) and about.get("rounds") == config.rounds
 
 
 def make_ready(
@@ -263,7 +263,7 @@ def make_ready(
     finished = [folder for folder in stay if complete(folder) and not (resume and grows(folder, planned[folder]))]
     in_the_way = [folder for folder in planned if folder not in stay and folder.exists()]
     for folder in in_the_way:
-        refuse_folder(folder, replaceable(folder, given, continues))
+        refuse_folder(folder, replaceable(folder, planned[folder], given, continues))
     runs = {folder: config for folder, config in planned.items() if folder not in finished}
     dataset = None
     if runs or not resume:

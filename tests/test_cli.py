@@ -177,6 +177,17 @@ def test_a_quick_run_replaces_an_earlier_quick_run_and_no_other(quick, tmp_path,
     assert f"{folder} exists; add --overwrite to replace it" in refusal(capsys, "--quick", *words)
 
 
+def test_a_quick_run_that_was_made_longer_is_not_replaced(quick, tmp_path, monkeypatch, capsys):
+    """Its folder keeps the name of the shorter run."""
+    words = ["--quick", "--rounds", "2", "--clients", "4", "--dataset", "phantom", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["madsim.py", *words])
+    assert main() == 0
+    (folder,) = tmp_path.iterdir()
+    assert main(["--resume", str(folder), "--rounds", "3"]) == 0
+    assert f"{folder} exists; add --overwrite to replace it" in refusal(capsys, *words)
+    assert (folder / "rounds.csv").read_bytes().count(b"\n") == 1 + 3
+
+
 def test_a_link_to_a_runs_folder_is_not_replaced(quick, tmp_path, capsys):
     words = ["--rounds", "1", "--clients", "4", "--dataset", "phantom"]
     assert main([*words, "--out", str(tmp_path / "there")]) == 0

@@ -9,6 +9,7 @@ from importlib import import_module
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 from lab.attacks import ATTACKS
@@ -17,6 +18,7 @@ from lab.rules import RULES
 
 REGISTRIES: dict[str, dict[str, Any]] = {"attack": ATTACKS, "rule": RULES, "partition": PARTITIONS}
 SHOWN = 12  # digits of a SHA-256 in messages
+SENDER = RLock()  # cloudpickle keeps one list of modules for all threads
 
 loaded: dict[str, str] = {}  # the plugins of this process: absolute path or module name -> SHA-256 of the file
 
@@ -82,7 +84,7 @@ def depart(config: Any) -> tuple:
 
     entries = {kind: registry[getattr(config, kind)] for kind, registry in REGISTRIES.items()}
     by_value: dict[str, bytes] = {}
-    with ExitStack() as after:
+    with SENDER, ExitStack() as after:
         for module in {name for entry in entries.values() for name in modules_of(entry) if is_own(name)}:
             cloudpickle.register_pickle_by_value(sys.modules[module])
             after.callback(cloudpickle.unregister_pickle_by_value, sys.modules[module])

@@ -168,6 +168,32 @@ def test_functions_that_can_not_be_sent_are_refused_in_one_line(tmp_path, capsys
     assert main([*map(str, words)]) == 0  # a single run needs no other process
 
 
+def test_several_threads_can_send_configs_at_once(plugin, monkeypatch):
+    """A thread waits while another one sends: cloudpickle's list of modules belongs to all threads."""
+    import cloudpickle
+
+    plugins.load(str(plugin))
+    config, dumps, errors = Config(attack="own_attack"), cloudpickle.dumps, []
+
+    def send() -> None:
+        try:
+            pickle.dumps(config)
+        except ValueError as error:
+            errors.append(error)
+
+    def slow(entry):
+        monkeypatch.setattr(cloudpickle, "dumps", dumps)
+        other.start()
+        other.join(0.1)  # it is not done before this one is
+        return dumps(entry)
+
+    other = threading.Thread(target=send)
+    monkeypatch.setattr(cloudpickle, "dumps", slow)
+    send()
+    other.join()
+    assert not errors
+
+
 def test_what_can_not_be_sent_is_refused_before_folders_are_emptied(tmp_path, capsys, quick):
     words = ["--rounds", "1", "--dataset", "phantom", "--attack", "own_attack", "--out", str(tmp_path)]
     lock = threading.Lock()

@@ -35,7 +35,7 @@ def load(plugin: str, sha256: str | None = None) -> None:
         if spec is None or spec.origin is None:
             raise ValueError("there is no such module; name its file, or add its folder to PYTHONPATH")
         found = hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
-        if found != loaded.get(plugin, sha256 or found):
+        if {found} != {found, loaded.get(plugin, found), sha256 or found}:
             raise ValueError(f"its SHA-256 is {found[:SHOWN]}; the one in use has another")
         if plugin not in loaded:
             execute(name, spec) if is_file else import_module(name)

@@ -1,5 +1,6 @@
 """Tests of attacks, rules and partitions of one's own: they reach every process, or the run is refused."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -127,6 +128,14 @@ def test_a_changed_file_is_not_taken_for_the_loaded_one(plugin):
     plugin.write_text(PLUGIN + "# changed\n")
     with pytest.raises(ValueError, match="the one in use has another"):
         plugins.load(str(plugin))
+
+
+def test_a_loaded_plugin_is_not_taken_for_another_one_that_a_sender_has(plugin):
+    """The process has loaded its file. A run that was sent with another file's hash is refused all the same."""
+    plugins.load(str(plugin))
+    plugins.load(str(plugin), hashlib.sha256(plugin.read_bytes()).hexdigest())
+    with pytest.raises(ValueError, match="the one in use has another"):
+        plugins.load(str(plugin), 64 * "0")
 
 
 # ---------------------------------------------------------------- into another process

@@ -233,8 +233,8 @@ def plan_resumed(given: dict[str, Any]) -> dict[Path, Config]:
 
 def as_begun(folder: Path) -> dict[str, Any]:
     """The settings that the run of a folder must keep, with the MD5 of its data and its plugins."""
-    about, config = read_json(folder / "config.json"), identity(asdict(Config.read(folder)))
-    return config | {"data's MD5": data_md5(folder), "plugins": plugins.described(about.get("plugins") or {})}
+    loaded = plugins.described(read_json(folder / "config.json").get("plugins") or {})
+    return identity(asdict(Config.read(folder))) | {"data's MD5": data_md5(folder), "plugins": loaded}
 
 
 def replaceable(folder: Path, config: Config, given: dict[str, Any], continues: bool) -> bool:

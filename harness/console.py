@@ -45,13 +45,14 @@ def as_command(main: Callable[[], int]) -> int:
 
     A warning is one line on standard error.
     """
+    program = Path(sys.argv[0]).stem
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     streams: list[Any] = [stream for stream in (sys.stdout, sys.stderr) if stream]  # None: closed by the caller
     for stream in streams:
         if hasattr(stream, "reconfigure"):  # a notebook's streams have none
             stream.reconfigure(errors="backslashreplace")  # a folder's name may hold bytes that are not text
     shown = warnings.showwarning
-    warnings.showwarning = lambda message, *_: say(f"{Path(sys.argv[0]).stem}: {message}", sys.stderr)
+    warnings.showwarning = lambda message, *_: say(f"{program}: {message}", sys.stderr)
     try:
         try:
             return main()
@@ -62,11 +63,11 @@ def as_command(main: Callable[[], int]) -> int:
                 stream.flush()
     except OSError as error:
         if error.filename:  # errors of the output name no file
-            say(f"{Path(sys.argv[0]).stem}: {error}", sys.stderr)
+            say(f"{program}: {error}", sys.stderr)
             return 2
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # do not write the buffered rest again
         if not isinstance(error, BrokenPipeError):  # the reader closed the pipe; other errors: a full disk
-            say(f"{Path(sys.argv[0]).stem}: the output can't be written: {error}", sys.stderr)
+            say(f"{program}: the output can't be written: {error}", sys.stderr)
         return 1
 
 
@@ -171,10 +172,19 @@ def why_nobody(config: Any, rounds: int, attackers: int) -> str:
         said = ["MAD never starts"]
     elif config.mad_start > rounds:
         said = [f"MAD had not started (it starts in round {config.mad_start})"]
-    them = f"{attackers} attacker{'s' * (attackers > 1)}" if attackers else "nobody"
-    if attackers and config.attack_start > rounds:
-        return "; ".join([*said, f"{them} had not attacked yet (the attack starts in round {config.attack_start})"])
-    return "; ".join([*said, f"{them} {'stayed' if attackers else 'attacked'}"])
+    them = f"{attackers} attacker{'s' * (attackers > 1)}"
+    if not attackers:
+        said.append("nobody attacked")
+    elif config.attack_start > rounds:
+        said.append(f"{them} had not attacked yet (the attack starts in round {config.attack_start})")
+    else:
+        said.append(f"{them} stayed")
+    return "; ".join(said)
+
+
+def data_of(table: Any) -> str:
+    """The data sets of the runs of a frame from `lab.experiments.tidy`, in words."""
+    return " and ".join(table["data"].unique())
 
 
 def report_runs(table: Any) -> None:
@@ -182,8 +192,7 @@ def report_runs(table: Any) -> None:
     from harness.runs import span
 
     print()
-    data = " and ".join(table["data"].unique())
-    say(f"{data}; accuracies are means over the last {span(table)} rounds")
+    say(f"{data_of(table)}; accuracies are means over the last {span(table)} rounds")
     rows = []
     for run in table.itertuples():
         out = f"{run.last_exclusion:.0f}" if run.last_exclusion > 0 else ""  # not NaN
@@ -203,8 +212,7 @@ def report_cells(about: str, table: Any) -> None:
 
     texts = over_seeds(table).astype(str)
     print()
-    data = " and ".join(table["data"].unique())
-    say(f"{about}; {data}; last {span(table)} rounds, mean ± standard deviation over seeds")
+    say(f"{about}; {data_of(table)}; last {span(table)} rounds, mean ± standard deviation over seeds")
     heads = ["seeds", "attackers out", "honest out", "honest accuracy", "test accuracy"]
     rows: list[tuple[str, list[str]]] = []
     for (row, column), cells in zip(texts.index, texts[heads].values.tolist()):
@@ -240,8 +248,7 @@ def report_seeds(table: Any) -> None:
     from lab.experiments import over_seeds
 
     print()
-    data = " and ".join(table["data"].unique())
-    say(f"{data}; last {span(table)} rounds: mean ± standard deviation over seeds")
+    say(f"{data_of(table)}; last {span(table)} rounds: mean ± standard deviation over seeds")
     for (name, _), texts in over_seeds(table).iterrows():
         print(f"{name}, {texts.pop('seeds')} seeds")
         print("".join(f"             {label:<22}{text}\n" for label, text in texts.items() if text), end="")

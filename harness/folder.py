@@ -126,10 +126,9 @@ def refuse_changes(folder: Path, begun: dict, now: dict, longer: bool = False) -
 def uninterrupted() -> Iterator[None]:
     """Postpone Ctrl-C and SIGTERM until the end of the block. Python gives them to the main thread alone."""
     came: list[int] = []
-    before: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    before = {number: handler for number, handler in before.items() if handler is not None}  # None: not Python's
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    before = {number: handler for number, handler in handlers.items() if handler is not None}  # None: not Python's
     try:
         for number in before:
             signal.signal(number, lambda number, frame: came.append(number))

@@ -235,11 +235,7 @@ class Log:
     def frames(self) -> list:
         """The rows so far as pandas frames: rounds, clients, and membership (None if it is not measured)."""
         tables = (self.rounds, self.clients, self.membership)
-        frames: list[Any] = [table and table.frame(self.last[1].round) for table in tables]
-        for frame in frames:
-            if frame is not None:
-                frame.attrs["data"] = self.data
-        return frames
+        return [table and table.frame(self.last[1].round) for table in tables]
 
     def _summarise(self, complete: bool) -> None:
         """Make and write the summary, if there is a round."""
@@ -253,8 +249,8 @@ class Log:
                 "seconds": round(sum(self.seconds[:t]), 3),
                 "seconds_per_round": round(float(np.median(self.seconds[:t])), 4),
                 "training_images": [int(size) for size in self.members.sizes],
-                "dataset": self.dataset.name,
-                "note": self.dataset.note,
+                "dataset": self.data["name"],
+                "note": self.data["note"],
                 "complete": complete,
             }
         )
@@ -264,6 +260,9 @@ class Log:
     def result(self) -> dict[str, Any]:
         """The fields of `madsim.Result` besides the Config."""
         rounds, clients, membership = self.frames()
+        for frame in (rounds, clients, membership):
+            if frame is not None:
+                frame.attrs["data"] = self.data
         about = {"summary": self.summary, "weights": self.last[0], "data": self.data}
         return about | {"rounds": rounds, "clients": clients, "membership": membership}
 

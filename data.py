@@ -300,10 +300,13 @@ def share_out(
     them sees on its whole share, also for validation (None: the true ones). `partition(labels, clients, concentration,
     rng)` deals the images (None: `partition_iid`). Returns one Share per client, and the labels [n] as the clients see
     them. The split depends on the seed, not on the attack. Raises ValueError if the malicious clients are not a
-    minority.
+    minority, or if `partition` or `poison` breaks its promise.
     """
     rng = np.random.default_rng([seed, 0])
-    parts = partition(labels, clients, concentration, rng) if partition else partition_iid(len(labels), clients, rng)
+    if partition is None:
+        parts = partition_iid(len(labels), clients, rng)
+    else:
+        parts = checked(partition(labels.copy(), clients, concentration, rng), len(labels), clients)
     bad = set(rng.permutation(clients)[: malicious_count(clients, malicious)].tolist())
     seen = labels.copy()
     shares = []
@@ -311,8 +314,27 @@ def share_out(
         held_out = max(1, int(VALIDATION * len(part)))
         shares.append(Share(part[held_out:], part[:held_out], client in bad))
         if client in bad and poison:
-            seen[part] = poison(labels[part], flip, rng)
+            attacked = np.asarray(poison(labels[part], flip, rng))
+            if attacked.shape != part.shape or not np.isin(attacked, (0, 1)).all():
+                raise ValueError(f"the attack's poison must return {len(part)} labels, each 0 or 1")
+            seen[part] = attacked
     return shares, seen
+
+
+def checked(parts: Any, n: int, clients: int) -> list[Numbers]:
+    """The parts of a partition. Raises ValueError unless they deal n images to the clients, each image once."""
+    try:
+        dealt = [np.asarray(part) for part in parts]
+        numbers = np.sort(np.concatenate(dealt))
+        right = len(dealt) == clients and numbers.dtype.kind in "iu" and np.array_equal(numbers, np.arange(n))
+    except (TypeError, ValueError):
+        right = False
+    if not right or min(map(len, dealt)) < 2:
+        raise ValueError(
+            f"the partition must return {clients} arrays of image numbers, at least two each; "
+            f"together they must hold 0 to {n - 1} once each"
+        )
+    return dealt
 
 
 # ---------------------------------------------------------------- the paper's conversion to PNG files

@@ -14,7 +14,9 @@ if __name__ == "__main__":
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,7 @@ def simulate(
     if dataset is None:
         dataset = data.load(config.dataset, config.data_root)
         if dataset.note:
-            warnings.warn(f"phantom images, not PneumoniaMNIST: {dataset.note}", stacklevel=2)
+            warn_once(f"phantom images, not PneumoniaMNIST: {dataset.note}")
     clients = gather(config, dataset)
     rule, f = RULES[config.rule], clients.malicious.sum()
     with Log(config, dataset, clients, out, resume, bar) as log:
@@ -68,8 +70,17 @@ def simulate(
     return Result(config, **log.result())
 
 
+@cache  # Python's own memory of what it has shown is lost whenever a package changes the filters of warnings
+def warn_once(text: str) -> None:
+    """Warn the caller's caller, once per process."""
+    warnings.warn(text, stacklevel=3)
+
+
 def gather(config: "Config", dataset: data.Dataset):
-    """The `model.Clients` of a run, each with its share of the data set. Raises ValueError as these do."""
+    """The `model.Clients` of a run, each with its share of the data set. Raises ValueError as these do.
+
+    Warns if the malicious clients attack nothing but their labels and none of their labels changes.
+    """
     from model import Clients
 
     c, attack = config, ATTACKS[config.attack]
@@ -77,6 +88,9 @@ def gather(config: "Config", dataset: data.Dataset):
         dataset.train_labels, c.clients, c.malicious, c.seed,
         poison=attack.poison, flip=c.flip, partition=PARTITIONS[c.partition], concentration=c.concentration,
     )  # fmt: skip
+    poisoned = attack.submit is None and attack.poison and c.flip and any(share.malicious for share in shares)
+    if poisoned and np.array_equal(attacked, dataset.train_labels):
+        warn_once(f"attack {c.attack} with flip {c.flip:g} changes no label: nobody attacks")
     return Clients(
         (dataset.train_images, dataset.train_labels, attacked), (dataset.test_images, dataset.test_labels), shares,
         seed=c.seed, attacking=c.attacking, submit=attack.submissions, device=c.device, threads=c.threads,
@@ -126,10 +140,11 @@ class Config:
 
     def __post_init__(self):
         check_limits(self)
-        if not isinstance(ATTACKS[self.attack], Attack):
-            raise ValueError(
-                f"attack {self.attack!r} is not an Attack; use Attack(about, poison=function), for example"
-            )
+        kinds: dict[str, Any] = {"attack": Attack, "rule": Callable, "partition": Callable}
+        for name, kind in kinds.items():
+            if not isinstance(plugins.REGISTRIES[name][getattr(self, name)], kind):
+                needed = "an Attack, such as Attack(about, poison=function)" if kind is Attack else "a function"
+                raise ValueError(f"{name} {getattr(self, name)} must be {needed}")
         count = data.malicious_count(self.clients, self.malicious)
         if self.malicious and not count:
             few = f"malicious {self.malicious:g} of {self.clients} clients rounds to 0 clients"

@@ -36,6 +36,7 @@ BLOCK = 32  # ours, measured: clients trained at once, which bounds the memory; 
 EVALUATED = (8, 28)  # ours, measured: groups, and images per group, that are evaluated at once
 RECORDINGS = 8  # ours: recordings that are kept, about 20 MB each; a run needs up to four of them at a time
 RECORDER = Lock()  # PyTorch can record in one thread at a time
+opened: list[int] = []  # the callers' numbers of threads, one for each block of `own_modes` that sets another number
 
 
 @contextmanager
@@ -44,18 +45,31 @@ def own_modes(threads: int | None = None) -> Iterator[None]:
 
     The caller's modes and number of threads return afterwards.
     """
-    before = torch.get_num_threads()
     with (
         torch.autocast("cpu", enabled=False),
         torch.autocast("cuda", enabled=False),
         torch.inference_mode(False),
         torch.enable_grad(),
     ):
+        if threads is None:
+            yield
+            return
+        before = callers_threads()
+        opened.append(before)
         try:
-            torch.set_num_threads(threads or before)
+            torch.set_num_threads(threads)
             yield
         finally:
             torch.set_num_threads(before)
+            opened.pop()
+
+
+def callers_threads() -> int:
+    """PyTorch's number of threads outside all blocks of `own_modes`.
+
+    A new thread of Python starts with the number that was set last, which may be that of another thread's block.
+    """
+    return opened[0] if opened else torch.get_num_threads()
 
 
 # ---------------------------------------------------------------- the network of one client
@@ -445,7 +459,7 @@ class Clients:
         self.shares, self.seed, self.training = shares, seed, training
         self.attacking, self.submit = attacking, submit
         self.device = pick_device(device)
-        self.threads = threads or torch.get_num_threads()
+        self.threads = threads or callers_threads()
         self.malicious = np.array([share.malicious for share in shares])  # [C]
         self.sizes = np.array([len(share.train) for share in shares])  # [C]
         images, true, attacked = train

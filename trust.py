@@ -380,7 +380,21 @@ def check_clients(rule: Rule, clients: int, f: int) -> None:
     """Raise ValueError if a rule has fewer clients than its mark `least(f)` asks for, to withstand f malicious ones."""
     least = getattr(rule, "least", lambda f: 1)(f)
     if clients < least:
-        raise ValueError(f"{rule.__name__} needs {least} clients to withstand {f} malicious ones; there are {clients}")
+        raise ValueError(f"{title(rule)} needs {least} clients to withstand {f} malicious ones; there are {clients}")
+
+
+def title(rule: Rule) -> str:
+    """The name of a rule in messages."""
+    return getattr(rule, "__name__", "the rule")
+
+
+def combined(rule: Rule, W: Array, weights: Array, f: int) -> Array:
+    """What a rule makes of W [n, P]. Raises ValueError unless these are P numbers."""
+    shape, w = W.shape[1:], np.asarray(rule(W, weights, f))
+    if w.shape != shape or w.dtype.kind not in "fiu" or np.isnan(w).any():
+        found = "NaN" if w.shape == shape else f"shape {list(w.shape)}"
+        raise ValueError(f"{title(rule)} must return {shape[0]} numbers; it returned {found}")
+    return w
 
 
 def aggregate(
@@ -390,18 +404,19 @@ def aggregate(
 
     `weights` [C] are the numbers of training images. `f` is the number of malicious clients among the C. Every excluded
     client counts as one of them, so the rule must withstand that many fewer. A rule with the mark `on_changes` works on
-    the changes of the last global weights `before` [P]. Raises ValueError if the rule needs more clients, or `before`.
+    the changes of the last global weights `before` [P]. Raises ValueError if the rule needs more clients or `before`,
+    or returns anything but P numbers.
     """
     f = max(0, f - int((~active).sum()))
     check_clients(rule, int(active.sum()), f)
     kind = W.dtype if W.dtype.kind == "f" else np.dtype(np.float64)
     most = np.finfo(kind).max
     if not getattr(rule, "on_changes", False):
-        return np.clip(rule(W[active], weights[active], f), -most, most).astype(kind)
+        return np.clip(combined(rule, W[active], weights[active], f), -most, most).astype(kind)
     if before is None:
-        raise ValueError(f"{rule.__name__} works on changes: it needs the last global weights `before`")
+        raise ValueError(f"{title(rule)} works on changes: it needs the last global weights `before`")
     with np.errstate(over="ignore"):
         near = np.isfinite(W[active] - before).all()
         part = 1.0 if near else 0.25  # a change from -3e38 to 3e38 is too large for a float32
-        w = (before * part + rule(W[active] * part - before * part, weights[active], f)) / part
+        w = (before * part + combined(rule, W[active] * part - before * part, weights[active], f)) / part
     return np.clip(w, -most, most).astype(kind)

@@ -40,10 +40,16 @@ class Attack:
     sees_honest: bool = False
 
     def submissions(self, W: Tensor, w: Tensor, honest: Tensor, rng: np.random.Generator) -> Tensor:
-        """What the malicious clients submit [m, P]; see the class."""
+        """What the malicious clients submit [m, P]; see the class. Raises ValueError for anything but that."""
+        import torch
+
         if self.submit is None:
             return W
-        return self.submit(W, w, rng, honest) if self.sees_honest else self.submit(W, w, rng)
+        w = w.clone()  # the function may work in place
+        submitted = self.submit(W, w, rng, honest) if self.sees_honest else self.submit(W, w, rng)
+        if not isinstance(submitted, torch.Tensor) or submitted.shape != W.shape:
+            raise ValueError(f"the attack's submit must return a tensor of shape {list(W.shape)}")
+        return submitted.detach().to(W)
 
 
 def flip_one_way(labels: Labels, fraction: float, rng: np.random.Generator) -> Labels:

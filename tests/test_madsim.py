@@ -151,12 +151,27 @@ def test_a_fraction_that_makes_nobody_malicious_is_said():
         Config(malicious=0.0)
 
 
+@pytest.mark.parametrize(
+    ("attack", "flip", "warned"),
+    [("label_flip", 0.004, True), ("label_flip", 0.006, False), ("label_flip", 0.0, False), ("scaled", 0.004, False)],
+)
+def test_a_share_that_flips_no_label_is_said(attack, flip, warned, small):
+    """Each of the four clients has 100 images: 0.4 of a label is none, 0.6 is one."""
+    madsim.warn_once.cache_clear()
+    with warnings.catch_warnings(record=True, action="always") as said:
+        simulate(Config(rounds=1, clients=4, malicious=0.25, attack=attack, flip=flip), dataset=small)
+    text = "attack label_flip with flip 0.004 changes no label: nobody attacks"
+    assert [str(warning.message) for warning in said] == [text] * warned
+
+
 def test_the_phantom_in_place_of_the_real_data_is_said_and_kept_with_the_result(quick, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "download", lambda root: (_ for _ in ()).throw(FileNotFoundError("no network")))
     config = Config(rounds=1, clients=4, malicious=0.0, data_root=tmp_path)
-    with pytest.warns(UserWarning, match="phantom images, not PneumoniaMNIST: no network") as said:
-        result = simulate(config)
-    assert len(said) == 1 and Path(said[0].filename) == Path(__file__)
+    madsim.warn_once.cache_clear()
+    with warnings.catch_warnings(record=True, action="always") as said:
+        result, _ = simulate(config), simulate(config)
+    assert [str(warning.message) for warning in said] == ["phantom images, not PneumoniaMNIST: no network"]
+    assert Path(said[0].filename) == Path(__file__)
     assert result.summary["note"] == result.data["note"] == "no network" and result.data["name"] == "phantom"
     assert result.rounds.attrs["data"] == result.clients.attrs["data"] == result.data
     with warnings.catch_warnings(action="error"):

@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -217,8 +218,95 @@ def test_what_can_not_be_sent_is_refused_before_folders_are_emptied(tmp_path, ca
 def test_an_attack_that_is_no_attack_is_listed_and_refused(entry, capsys):
     ATTACKS["own_attack"] = entry
     assert main(["--list"]) == 0 and "\n  own_attack" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"attack 'own_attack' is not an Attack; use Attack\(about, poison=function\)"):
+    with pytest.raises(
+        ValueError, match=r"attack own_attack must be an Attack, such as Attack\(about, poison=function\)"
+    ):
         Config(attack="own_attack")
+
+
+@pytest.mark.parametrize("kind", ["rule", "partition"])
+def test_a_rule_or_partition_that_is_no_function_is_refused(kind):
+    plugins.REGISTRIES[kind]["own"] = 5
+    with pytest.raises(ValueError, match=f"{kind} own must be a function"):
+        Config(**{kind: "own"})
+
+
+def no_promise_kept() -> dict:
+    """Entries that break one promise each, by what the error says."""
+    image = np.arange(400)
+    return {
+        ("rule", "round 1: own must return 21166 numbers; it returned"): [
+            lambda W, weights, f: None,
+            lambda W, weights, f: W.mean(1),
+            lambda W, weights, f: W.mean(),
+            lambda W, weights, f: W[0].astype(str),
+            lambda W, weights, f: W[0] * np.nan,
+        ],
+        ("partition", "the partition must return 4 arrays of image numbers, .* 0 to 399 once each"): [
+            lambda *_: None,
+            lambda *_: np.array_split(image, 3),
+            lambda *_: np.array_split(image[1:], 4),
+            lambda *_: np.array_split(image.astype(float), 4),
+            lambda *_: [image] * 4,
+            lambda *_: np.split(image, [1, 200, 300]),
+        ],
+        ("attack", "the attack's poison must return 100 labels, each 0 or 1"): [
+            Attack("", lambda labels, *_: None),
+            Attack("", lambda labels, *_: 1),
+            Attack("", lambda labels, *_: labels[:-1]),
+            Attack("", lambda labels, *_: labels + 1),
+            Attack("", lambda labels, *_: labels * 0.5),
+        ],
+        ("attack", r"round 1: the attack's submit must return a tensor of shape \[1, 21166\]"): [
+            Attack("", submit=lambda W, w, rng: None),
+            Attack("", submit=lambda W, w, rng: W[0]),
+            Attack("", submit=lambda W, w, rng: W.numpy()),
+        ],
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "said", "entry"),
+    [(kind, said, entry) for (kind, said), entries in no_promise_kept().items() for entry in entries],
+)
+def test_an_entry_that_breaks_its_promise_ends_in_one_line(kind, said, entry, small):
+    """Without the checks, numpy would take many of these for something else, without a word."""
+    if kind == "rule":
+        entry.__name__ = "own"
+    plugins.REGISTRIES[kind]["own"] = entry
+    with pytest.raises(ValueError, match=said):
+        simulate(Config(rounds=1, clients=4, malicious=0.25, **{kind: "own"}), dataset=small)
+
+
+def test_what_an_entry_does_to_its_arguments_changes_nothing_else(small):
+    """These functions return what ours do, and then spoil all arrays that they were given."""
+
+    def poison(labels, fraction, rng):
+        flipped = 1 - labels
+        labels[:] = 0
+        return flipped
+
+    def submit(W, w, rng):
+        copy = W.double()
+        for tensor in (W, w):
+            tensor.zero_()
+        return copy
+
+    def rule(W, weights, f):
+        w = RULES["mean"](W, weights, f)
+        W[:], weights[:] = 0, 0
+        return w
+
+    def partition(labels, clients, concentration, rng):
+        labels[:] = 0
+        return PARTITIONS["iid"](labels, clients, concentration, rng)
+
+    own = {"attack": Attack("", poison, submit), "rule": rule, "partition": partition}
+    for kind, entry in own.items():
+        plugins.REGISTRIES[kind]["own"] = entry
+    ours, run = Config(rounds=2, clients=4, malicious=0.25), {"dataset": small}
+    right, found = simulate(ours, **run), simulate(replace(ours, **dict.fromkeys(own, "own")), **run)
+    assert found.rounds.equals(right.rounds) and np.array_equal(found.weights, right.weights)
 
 
 SCRIPT = """

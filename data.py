@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ BY_HAND = (
     f"download {FILE} of MedMNIST v2 by hand, put it into a folder and give this folder with --data-root or MADSIM_DATA"
 )
 failures: dict[Path, str] = {}  # folders into which a download failed, and why; a process tries each once
+DOWNLOADER = Lock()  # one thread tries, and others wait for its result
 VALIDATION = 0.1  # testbed: a client keeps 10 % of its images for validation
 
 
@@ -82,11 +84,15 @@ class Dataset:
 
 
 def as_array(values: Any, name: str) -> np.ndarray:
-    """The values as an array with at least one dimension. Raises ValueError for rows of different lengths."""
+    """The values as an array with at least one dimension. Raises ValueError if this is impossible."""
+    if np.ma.is_masked(values):
+        raise ValueError(f"{name} have masked values")
     try:
         return np.atleast_1d(np.asarray(values))
     except ValueError:
         raise ValueError(f"{name} are no array: their rows differ in length") from None
+    except RuntimeError as error:  # a tensor with gradients, or on a GPU
+        raise ValueError(f"{name} are no array: {error}") from None
 
 
 # ---------------------------------------------------------------- the two data sets
@@ -125,8 +131,9 @@ def pneumoniamnist(root: Path) -> Dataset:
     if root.is_file():
         raise ValueError(f"{root} is a file; give the folder that holds {FILE}")
     path = root / FILE
-    if not path.is_file():
-        download(root)
+    with DOWNLOADER:
+        if not path.is_file():
+            download(root)
     with open(path, "rb") as file:
         md5 = hashlib.file_digest(file, partial(hashlib.md5, usedforsecurity=False)).hexdigest()
     if md5 != MD5:
@@ -147,7 +154,7 @@ def download(root: Path) -> None:
     if root.absolute() in failures:
         raise FileNotFoundError(failures[root.absolute()])
     fetch = "import medmnist, sys; medmnist.PneumoniaMNIST('train', download=True, root=sys.argv[1])"
-    print(f"{root / FILE} is absent: downloading it (4 MB, at most {DOWNLOAD_SECONDS} s) ...", file=sys.stderr)
+    print(f"{FILE} is absent: downloading it (4 MB, at most {DOWNLOAD_SECONDS} s) ...", file=sys.stderr)
     try:
         with tempfile.TemporaryDirectory() as unfinished:
             command = [sys.executable, "-c", fetch, unfinished]

@@ -12,11 +12,14 @@ if __name__ == "__main__":
     check()
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +53,11 @@ def simulate(
     if the phantom replaces PneumoniaMNIST. Raises ValueError for invalid input or a folder that can't be resumed,
     OSError for data or folders that can't be read or written, FloatingPointError if all clients diverge.
     """
-    from model import initial_weights
-
+    initial_weights = import_model().initial_weights
     if dataset is None:
         dataset = data.load(config.dataset, config.data_root)
         if dataset.note:
-            warn_once(f"phantom images, not PneumoniaMNIST: {dataset.note}")
+            warn_once(f"phantom images, not PneumoniaMNIST: {dataset.note}", 3)
     clients = gather(config, dataset)
     rule, f = RULES[config.rule], clients.malicious.sum()
     with Log(config, dataset, clients, out, resume, bar) as log:
@@ -71,9 +73,15 @@ def simulate(
 
 
 @cache  # Python's own memory of what it has shown is lost whenever a package changes the filters of warnings
-def warn_once(text: str) -> None:
-    """Warn the caller's caller, once per process."""
-    warnings.warn(text, stacklevel=3)
+def warn_once(text: str, level: int) -> None:
+    """Warn once per process. `level` is Python's stacklevel: 3 is the caller's caller."""
+    warnings.warn(text, stacklevel=level)
+
+
+def import_model() -> Any:
+    """The module `model`, imported by a thread of its own: Ctrl-C would leave PyTorch half imported for good."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(import_module, "model").result()
 
 
 def gather(config: "Config", dataset: data.Dataset):
@@ -81,17 +89,17 @@ def gather(config: "Config", dataset: data.Dataset):
 
     Warns if the malicious clients attack nothing but their labels and none of their labels changes.
     """
-    from model import Clients
-
+    if not isinstance(dataset, data.Dataset):
+        raise ValueError(f"dataset {dataset!r} is not a data.Dataset; data.load(name) gives one")
     c, attack = config, ATTACKS[config.attack]
     shares, attacked = data.share_out(
         dataset.train_labels, c.clients, c.malicious, c.seed,
         poison=attack.poison, flip=c.flip, partition=PARTITIONS[c.partition], concentration=c.concentration,
     )  # fmt: skip
-    poisoned = attack.submit is None and attack.poison and c.flip and any(share.malicious for share in shares)
+    poisoned = attack.submit is None and attack.poison and any(share.malicious for share in shares)
     if poisoned and np.array_equal(attacked, dataset.train_labels):
-        warn_once(f"attack {c.attack} with flip {c.flip:g} changes no label: nobody attacks")
-    return Clients(
+        warn_once(f"attack {c.attack} with flip {c.flip:g} changes no label: nobody attacks", 4)
+    return import_model().Clients(
         (dataset.train_images, dataset.train_labels, attacked), (dataset.test_images, dataset.test_labels), shares,
         seed=c.seed, attacking=c.attacking, submit=attack.submissions, device=c.device, threads=c.threads,
         epochs=c.epochs, batch_size=c.batch_size, lr=c.lr, method=c.method,
@@ -145,6 +153,8 @@ class Config:
             if not isinstance(plugins.REGISTRIES[name][getattr(self, name)], kind):
                 needed = "an Attack, such as Attack(about, poison=function)" if kind is Attack else "a function"
                 raise ValueError(f"{name} {getattr(self, name)} must be {needed}")
+            if not re.fullmatch(r"\w+", getattr(self, name)):  # it becomes part of a folder's name
+                raise ValueError(f"{name} {getattr(self, name)!r} must have a name of letters, digits and underscores")
         count = data.malicious_count(self.clients, self.malicious)
         if self.malicious and not count:
             few = f"malicious {self.malicious:g} of {self.clients} clients rounds to 0 clients"
@@ -173,7 +183,8 @@ class Config:
     def name(self) -> str:
         """The name of the run's folder, made from what differs from the defaults: `mad500-s0`, `nomad-clients20-s3`.
 
-        Runs with different settings have different names. A word that several settings know follows its setting's name.
+        Runs with different settings have different names. A word follows its setting's name if several settings know
+        it, or if it ends like one with a number.
         """
         parts = ["nomad" if self.mad_start is None else f"mad{self.mad_start}"]
         preset = min(PRESETS, key=lambda name: len(_differences(self.settings, PRESETS[name])))
@@ -184,7 +195,7 @@ class Config:
         known = [PRESETS, *(f.metadata.get("choices", ()) for f in (*fields(self), *fields(self.settings)))]
         for name, value in changed.items():
             number = f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
-            alone = isinstance(value, str) and sum(value in words for words in known) == 1
+            alone = number == value and not value[-1:].isdigit() and sum(value in words for words in known) == 1
             parts.append(number if alone else name.replace("_", "") + number)
         return "-".join([*parts, f"s{self.seed}"])
 
@@ -192,6 +203,7 @@ class Config:
     def read(cls, folder: str | Path) -> "Config":
         """The Config of a run's folder. A setting that an earlier version did not have gets its default.
 
+        If it names a folder of the data, the environment variable MADSIM_DATA of this machine takes precedence.
         Raises FileNotFoundError if there is no Config, ValueError if it is damaged or has settings unknown here.
         """
         path = Path(folder) / "config.json"
@@ -205,6 +217,8 @@ class Config:
             unknown = sorted(identity(written).keys() - own - of_mad)
             if lacking := {"rounds", "clients", "seed"} - written.keys():  # every version has these
                 raise KeyError(*lacking)
+            if written.get("data_root"):  # of the machine that wrote it
+                written["data_root"] = os.environ.get("MADSIM_DATA") or written["data_root"]
             settings = Settings(**{name: value for name, value in written["settings"].items() if name in of_mad})
             config = cls(**{name: written[name] for name in written.keys() & own} | {"settings": settings})
             commit = (written.get("git") or {}).get("commit")

@@ -298,7 +298,7 @@ def record(function: Callable, *arguments: Tensor) -> Callable:
     """
 
     def trace() -> Callable:
-        with RECORDER, torch.no_grad():
+        with RECORDER, torch.no_grad(), torch.autograd.set_detect_anomaly(False):
             operations = make_fx(function)(*arguments)
             graph, _ = torch._C._create_graph_by_tracing(operations, arguments, lambda value: "", True, False, None, [])
             return torch._C._create_function_from_graph("recorded", graph)
@@ -522,7 +522,11 @@ def pick_device(name: str) -> torch.device:
 
     Raises it too if the caller has lowered the precision of matrix products, which holds for the whole process.
     """
-    if (precision := torch.get_float32_matmul_precision()) != "highest":
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was set for some devices alone
+        precision = "mixed"
+    if precision != "highest":
         raise ValueError(
             f"PyTorch's float32 matmul precision is {precision!r}, which changes the results; "
             f"first call torch.set_float32_matmul_precision('highest')"

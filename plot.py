@@ -18,7 +18,6 @@ if __name__ == "__main__":
 
     check("numpy", "pandas", "matplotlib")
 
-import argparse
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import pages
-from harness.console import as_command, say
+from harness.console import Parser, as_command, say
 from harness.drawing import HONEST, LINES, band, band_title, bundles, line, new_figure, over_seeds, prepare, save
 from harness.runs import CURVES, LABELS, SCORES, Run, by_start, find_runs, load_run, load_runs, natural, strategy, title  # noqa: F401  for notebooks, as above
 from lab.figures import FIGURES, grid_figures
@@ -230,7 +229,7 @@ def scores_figure(run: Run) -> Figure:
 
 def main(argv: list[str] | None = None) -> int:
     """Draw what the command line asks for; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="plot.py", description="Draw the figures of all runs at or below a folder.")
+    parser = Parser(prog="plot.py", description="Draw the figures of all runs at or below a folder.")
     about = "a results folder of madsim.py, or the folder of one run; several are drawn one after the other"
     parser.add_argument("folder", type=Path, nargs="+", help=about)
     about = "where figures are written (default: FOLDER/figures), with a folder for each of several FOLDERs"

@@ -257,7 +257,7 @@ def bench_flower(turns: int) -> None:
 
 def main() -> None:
     measurements = (bench_run, bench_scale, bench_jobs, bench_profile, bench_flower)
-    about = {function: str(function.__doc__).splitlines()[0] for function in (bench_round, *measurements)}
+    about = {function: (function.__doc__ or "-").splitlines()[0] for function in (bench_round, *measurements)}
     parser = argparse.ArgumentParser(description=about[bench_round])
     several = parser.add_mutually_exclusive_group()
     for function in measurements:

@@ -11,13 +11,23 @@ from collections.abc import Collection
 from concurrent.futures import BrokenExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, fields, replace
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, get_args
 
 import data
 from harness import plugins
-from harness.console import fold, introduce, list_names, point_to, report, report_cells, report_runs, say, way_on, whole
+from harness.console import (
+    Parser,
+    introduce,
+    list_names,
+    point_to,
+    report,
+    report_cells,
+    report_runs,
+    say,
+    way_on,
+    whole,
+)
 from harness.folder import (
     CHECKPOINT,
     claimed,
@@ -38,22 +48,7 @@ from trust import PRESETS, Settings
 QUICK = 60  # ours: rounds of --quick, with MAD from the middle; they take about 10 seconds on two cores
 MOST_REPORTS = 4  # ours: more runs that end at once have a table alone
 MOST_RUNS = 10_000  # ours: the largest number of seeds, and of jobs
-RENAMED = {  # for command lines of earlier versions: the start of an error message, and what it adds
-    r"unrecognized arguments:.* --alpha-reputation\b": "--alpha-reputation is now --alpha",
-    "alpha .* must be": "the parameter of Dirichlet's distribution is now --concentration",
-}
 NOT_RESULTS = {"out", "overwrite", "jobs", "backend", "scheduler", "data_root"}  # options that do not change results
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line if no terminal folds them. For an unknown option it names the nearest one."""
-
-    def error(self, message: str) -> NoReturn:
-        unknown = re.match(r"unrecognized arguments: (--\S+)", message)
-        near = unknown and get_close_matches(unknown[1], re.findall(r"--[\w-]+", self.format_help()), 1)
-        meant = f"; did you mean {near[0]}?" if near else ""
-        meant = "".join(f"; {hint}" for start, hint in RENAMED.items() if re.match(start, message)) or meant
-        self.exit(2, fold(f"{self.prog}: {' '.join(message.split())}{meant}", sys.stderr) + "\n")
 
 
 def make_parser() -> Parser:
@@ -69,7 +64,11 @@ def make_parser() -> Parser:
     )
     add_options(parser.add_argument_group("a run"), Config)
     parser.add_argument(
-        "--plugin", nargs="+", metavar="FILE", help="Python files or modules with attacks, rules and so on of your own"
+        "--plugin",
+        nargs="+",
+        action="extend",
+        metavar="FILE",
+        help="Python files or modules with attacks, rules and so on of your own",
     )
     parser.add_argument("--list", action="store_true", help="list all attacks, rules, presets and so on, and exit")
     parser.add_argument("--quick", action="store_true", help=f"a short run: {QUICK} rounds, MAD from the middle")
@@ -89,7 +88,8 @@ def make_parser() -> Parser:
     )
     several.add_argument("--out", type=Path, metavar="DIR", help="folder for the run folders [default: results]")
     several.add_argument("--overwrite", action="store_true", help="replace run folders that exist")
-    several.add_argument("--resume", type=Path, nargs="+", metavar="DIR", help="continue interrupted runs")
+    about = "continue interrupted runs, or make runs longer with --rounds"
+    several.add_argument("--resume", type=Path, nargs="+", action="extend", metavar="DIR", help=about)
     mad = parser.add_argument_group(
         "MAD",
         "The equations are the paper's. How a distance becomes d is our reading, because the paper does not say it. "
@@ -117,7 +117,7 @@ def add_options(group: Any, of: type, only: Collection[str] = ()) -> None:
             option(f.name),
             dest=f.name,
             type=start_round if f.name == "mad_start" else kind,
-            nargs="+" if f.name == "mad_start" else None,
+            **({"nargs": "+", "action": "extend"} if f.name == "mad_start" else {}),
             metavar=listed or value,
             help=f"{about['help']} [{default}{about['source']}]",
         )
@@ -214,21 +214,26 @@ def plan_resumed(given: dict[str, Any]) -> dict[Path, Config]:
         if name in given:
             raise ValueError(f"--resume continues runs that exist; leave out --{name}")
     folders = {folder.resolve(): folder for folder in given["resume"]}.values()  # each once
-    root = given.get("data_root") or os.environ.get("MADSIM_DATA")  # this machine's; a run's own comes last
     runs = {folder: Config.read(folder) for folder in folders}
-    for folder in runs:
-        if not complete(folder) and not (folder / CHECKPOINT).is_file():
+    for folder, begun in runs.items():
+        longer = given.get("rounds", 0) > begun.rounds
+        if (longer or not complete(folder)) and not (folder / CHECKPOINT).is_file():
             raise ValueError(f"{folder} can't be resumed: it holds no {CHECKPOINT}; run it again with --overwrite")
     if len({config.dataset for config in runs.values()}) > 1:
         raise ValueError("these runs have different data sets; resume them one by one")
     for folder, begun in runs.items():
-        runs[folder] = replace(configure(given, begun), data_root=root or begun.data_root)
-        was = as_begun(folder) | {"mad_start": [begun.mad_start]}
-        now = identity(asdict(runs[folder])) | {"mad_start": given.get("mad_start", [begun.mad_start])}
+        runs[folder] = configure(given, begun)
+        was = as_begun(folder) | {"mad_start": in_words([begun.mad_start])}
+        now = identity(asdict(runs[folder])) | {"mad_start": in_words(given.get("mad_start", [begun.mad_start]))}
         refuse_changes(folder, was, now | {"plugins": plugins.described()}, longer=True)
         if runs[folder].rounds > begun.rounds:
             say(f"{whole(folder)} continues to round {runs[folder].rounds} instead of {begun.rounds}")
     return runs
+
+
+def in_words(starts: list[int | None]) -> str:
+    """The values of --mad-start as they are given."""
+    return " ".join("never" if start is None else str(start) for start in starts)
 
 
 def as_begun(folder: Path) -> dict[str, Any]:
@@ -261,7 +266,7 @@ def make_ready(
     continues = ("experiment" in given or len(planned) > 1) and "overwrite" not in given
     stay = [folder for folder in planned if resume or (continues and (folder / CHECKPOINT).is_file())]
     finished = [folder for folder in stay if complete(folder) and not (resume and grows(folder, planned[folder]))]
-    in_the_way = [folder for folder in planned if folder not in stay and folder.exists()]
+    in_the_way = [folder for folder in planned if folder not in stay and (folder.exists() or folder.is_symlink())]
     for folder in in_the_way:
         refuse_folder(folder, replaceable(folder, planned[folder], given, continues))
     runs = {folder: config for folder, config in planned.items() if folder not in finished}
@@ -337,7 +342,7 @@ def main(argv: list[str] | None = None) -> int:
 def load_plugins(argv: list[str] | None) -> None:
     """Load the plugins that a command line names. Their names are then known to its other options."""
     parser = Parser(prog="madsim", add_help=False, allow_abbrev=False)
-    parser.add_argument("--plugin", nargs="+", default=[])
+    parser.add_argument("--plugin", nargs="+", action="extend", default=[])
     try:
         for plugin in parser.parse_known_args(argv)[0].plugin:
             plugins.load(plugin)
@@ -359,9 +364,12 @@ def report_all(planned: dict[Path, Config], results: dict[Path, Result]) -> None
         return
     places = {folder.absolute().parent for folder in there}
     common = next(iter(there)).parent if len(places) == 1 else Path(os.path.relpath(os.path.commonpath(places)))
-    cells = [(folder, replace(config, seed=0).name.removesuffix("-s0"), "") for folder, config in there.items()]
-    written = len(places) == 1 and not (common / "table.md").exists()
+    cells = [(folder, folder.name.removesuffix(f"-s{config.seed}"), "") for folder, config in there.items()]
+    of_experiment = (common / "table.md").exists()
+    written = len(places) == 1 and not of_experiment
     report_runs(tabulate(common, cells) if written else tidy(cells))
+    if of_experiment and results:
+        say(f"{whole(common / 'table.md')} stays as it was; the command of the experiment makes it anew")
     point_to(common, *["table.csv"] * written)
 
 

@@ -1,6 +1,8 @@
 """What the terminal says: about the runs to come, about their results, and about all known names."""
 
+import argparse
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -9,13 +11,38 @@ import textwrap
 import warnings
 from collections.abc import Callable, Collection
 from dataclasses import astuple
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from harness.folder import script, unfinished
 
 INDENT = " " * 13  # of the texts beside the labels of a report
+RENAMED = {"--alpha-reputation": "--alpha", "--alpha": "--concentration"}  # options of earlier versions, and now
 UNBROKEN = "\0"  # stands for a space that may not become the end of a line; no path and no argument can hold it
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line if no terminal folds them. For an unknown option it names the nearest one."""
+
+    def error(self, message: str) -> NoReturn:
+        mine = set(re.findall(r"--[\w-]+", self.format_help())) - {"--help"}
+        unknown = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized arguments") else []
+        hints = [f"{option} is now {RENAMED[option]}" for option in unknown if RENAMED.get(option) in mine]
+        if unknown and not hints:
+            hints = [f"did you mean {near}?" for near in get_close_matches(unknown[0], mine, 1)]
+        if re.match("alpha .* must be", message) and "--concentration" in mine:
+            hints = ["the parameter of Dirichlet's distribution is now --concentration"]
+        text = "; ".join([" ".join(message.split()), *hints])
+        self.exit(2, fold(f"{self.prog}: {text}", sys.stderr) + "\n")
+
+
+def progress(shown: bool, **options: Any) -> Any:
+    """A progress bar of tqdm, if it is `shown` and the output is a terminal or a notebook."""
+    from tqdm.auto import tqdm
+
+    there = None if "ipykernel" not in sys.modules else False  # None: tqdm finds out whether there is a terminal
+    return tqdm(disable=there if shown else True, dynamic_ncols=True, **options)
 
 
 def fold(text: str, stream: Any, indent: str = "") -> str:

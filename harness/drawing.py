@@ -38,13 +38,17 @@ def prepare(ax: Axes, heading: str, unit: str) -> None:
 
 
 def bundles(runs: Sequence[Run]) -> list[tuple[dict[str, Any], list[Run]]]:
-    """Groups of runs that differ in nothing but their seed, each with the label, colour and style of its line."""
-    together: dict[str, list[Run]] = {}
+    """Groups of runs that differ in nothing but their seed, each with the label, colour and style of its line.
+
+    A run and its copy count once.
+    """
+    together: dict[str, dict[Any, Run]] = {}
     for run, text in zip(runs, variants(runs)):
-        together.setdefault(text, []).append(run)
+        together.setdefault(text, {}).setdefault(run.config.get("seed"), run)
     seeds = {run.config.get("seed") for run in runs}
     found = []
-    for kind, (text, members) in enumerate(together.items()):
+    for kind, (text, by_seed) in enumerate(together.items()):
+        members = list(by_seed.values())
         if len(members) > 1:
             text += f", mean of {len(members)} seeds"
         elif len(seeds) > 1:

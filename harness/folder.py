@@ -119,7 +119,8 @@ def refuse_changes(folder: Path, begun: dict, now: dict, longer: bool = False) -
     changed = [f"{name} {begun.get(name)}, not {value}" for name, value in now.items() if begun.get(name) != value]
     if changed:
         but = " (--resume can only add rounds)" if longer and begun.get("rounds") != now["rounds"] else ""
-        raise ValueError(f"{folder} was begun with {', '.join(changed)}; a run can't change its settings{but}")
+        way = "" if longer else "; add --overwrite to replace it, or --out DIR for another place"
+        raise ValueError(f"{folder} has {', '.join(changed)}; a run can't change its settings{but}{way}")
 
 
 @contextmanager
@@ -165,7 +166,7 @@ def check_kinds(arrays: dict[str, np.ndarray], kinds: dict[str, np.ndarray]) -> 
     if lacking := (kinds.keys() | {"run"}) - arrays.keys():
         raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
     for name, kind in kinds.items():
-        array, any_length = arrays[name], name in ("seconds", "kept_rounds")
+        array, any_length = arrays[name], name in ("seconds", "kept_rounds", "marks")
         if array.dtype != kind.dtype or array.ndim != kind.ndim or (array.shape != kind.shape and not any_length):
             raise ValueError(f"{name} is {array.dtype} {list(array.shape)}, not {kind.dtype} {list(kind.shape)}")
     if len(arrays["seconds"]) != arrays["round"]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
+from harness.console import progress
 from harness.folder import CHECKPOINT, script
 
 CONNECT_SECONDS = 10  # ours: the time that a cluster's scheduler has to answer, and to have a worker
@@ -106,7 +107,6 @@ def workers(scheduler: str | None) -> Iterator[None]:
 @contextmanager
 def rounds_bar(runs: dict[Path, Any]) -> Iterator[None]:
     """One progress bar for runs in other processes. It counts the rows that they have written."""
-    from tqdm import tqdm
 
     def rows() -> list[int]:
         tables = [folder / "rounds.csv" for folder in runs]
@@ -125,8 +125,8 @@ def rounds_bar(runs: dict[Path, Any]) -> Iterator[None]:
     finished, watcher = Event(), Thread(target=watch)
     total = sum(config.rounds for config in runs.values())
     shape = "{desc}: {percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
-    about = {"unit": " rounds", "desc": f"0 of {len(runs)} runs", "bar_format": shape, "disable": None}
-    with tqdm(total=total, initial=sum(rows()), dynamic_ncols=True, **about) as bar:
+    about = {"unit": " rounds", "desc": f"0 of {len(runs)} runs", "bar_format": shape}
+    with progress(True, total=total, initial=sum(rows()), **about) as bar:
         watcher.start()
         try:
             yield

@@ -13,12 +13,13 @@ import zlib
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import Any
 
 import numpy as np
 
 from harness import plugins
-from harness.console import fold
+from harness.console import fold, progress
 from harness.folder import (
     CHECKPOINT,
     identity,
@@ -47,6 +48,7 @@ INTEGERS = {"round", "client", "malicious", "active"}
 SHOWN_CLIENTS = 50  # ours: plane.csv is written for this many clients at most; with 100 it would take 6 % of a round
 CHECKPOINT_SECONDS = 1.0  # ours: a kill loses this much and one round; a checkpoint takes about 2 ms
 ROUND_SECONDS = 0.012  # measured on two cores, per client and local epoch
+BAR = 26  # characters of a progress bar, besides the numbers of rounds and the news
 SLOW = 10  # ours: a round is slow at this many times its usual length; with two busy programs it took 100 times as long
 SLOW_AFTER = 5  # ours: the number of slow rounds after which the terminal says so
 
@@ -84,20 +86,12 @@ class Log:
 
     def begin(self, w: np.ndarray, scores: State) -> tuple[np.ndarray, State]:
         """The global weights w [P] and the State from which the run starts: the given ones, or the checkpoint's."""
-        from tqdm.auto import tqdm
-
         if self.resume:
             w, scores = self._reopen(w, scores)
         else:
             self._create()
-        self.bar = tqdm(
-            total=self.config.rounds,
-            initial=scores.round,
-            bar_format="{n}/{total} |{bar}| {elapsed}<{remaining}{postfix}",  # fits in 80 columns
-            # None: no bar if the output is neither a terminal nor a notebook.
-            disable=not self.show or (False if "ipykernel" in sys.modules else None),
-            dynamic_ncols=True,
-        )
+        shape = "{n}/{total} |{bar}| {elapsed}<{remaining}{postfix}"
+        self.bar = progress(self.show, total=self.config.rounds, initial=scores.round, bar_format=shape)
         self.first, self.lap = scores.round, time.perf_counter()
         self.last = w, scores, self.last_marks()
         self.begun = True
@@ -129,6 +123,8 @@ class Log:
         kinds = {"w": w, "marks": self.last_marks(), "seconds": np.zeros(0), "kept_rounds": np.zeros(0, int)}
         kinds |= {name: np.asarray(value) for name, value in vars(scores).items()}
         found = read_checkpoint(self.out / CHECKPOINT, kinds)
+        if found["marks"].shape != kinds["marks"].shape:
+            raise ValueError(f"{self.out} was written by another version, with other tables; it can't continue here")
         usual = identity(asdict(type(self.config)()))  # of settings that the run's version did not have
         refuse_changes(self.out, usual | json.loads(str(found["run"])), self.identity, longer=True)
         for table, (size, crc) in zip(self.tables, found["marks"].tolist()):
@@ -177,8 +173,12 @@ class Log:
         self.last = w, scores, self.last_marks()
         if now - self.saved >= CHECKPOINT_SECONDS:
             self.save()
-        counts = f"active {who.sum()}, attackers {(who & ~honest).sum()}"
-        self.bar.set_postfix_str(f"test {test['accuracy']:.3f}, honest {means[3]:.3f}, {counts}", refresh=False)
+        news = [f"test {test['accuracy']:.3f}", f"honest {means[3]:.3f}"]
+        news += [f"active {who.sum()}", f"attackers {(who & ~honest).sum()}"]
+        room = get_terminal_size().columns - 2 * len(str(self.config.rounds)) - BAR
+        while len(", ".join(news)) > room:
+            news.pop()  # tqdm would cut off digits
+        self.bar.set_postfix_str(", ".join(news), refresh=False)
         self.bar.update()
         if self.show and t == self.first + SLOW_AFTER:
             self._warn_if_slow()
@@ -221,13 +221,15 @@ class Log:
 
     @uninterrupted()
     def __exit__(self, kind, error, traceback) -> bool:
-        if self.begun:
-            self.bar.close()
-            if not isinstance(error, OSError):  # do not try again to write what could not be written
+        try:
+            if self.begun:
+                self.bar.close()
+            if self.begun and not isinstance(error, OSError):  # do not try again to write what could not be written
                 self.save()
                 self._summarise(complete=self.last[1].round == self.config.rounds)
-        for table in self.tables:
-            table.close()
+        finally:
+            for table in self.tables:  # an open one would lock the folder
+                table.close()
         if self.begun and isinstance(error, ValueError):  # a rule has too few clients left
             raise ValueError(f"round {self.last[1].round + 1}: {error}") from None
         return self.begun and kind is KeyboardInterrupt

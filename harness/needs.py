@@ -1,11 +1,13 @@
 """Whether this Python can run madsim. The scripts ask this before they import anything else.
 
-So this file runs on any Python from 3.6 on, and without any package.
+So this file runs on any Python from 3.8 on, and without any package.
 """
 
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import get_terminal_size
+from textwrap import fill
 
 OLDEST = (3, 11)  # the oldest Python that the tests have passed with
 SET_UP = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt"  # as in the README
@@ -19,7 +21,7 @@ def check(*packages):
     """
     if sys.version_info < OLDEST:
         oldest, this = (".".join(map(str, version[:3])) for version in (OLDEST, sys.version_info))
-        refuse(f"Python {oldest} or newer is needed; this is Python {this}")
+        refuse(f"Python {oldest} or newer is needed; this is Python {this}. With a newer one: {SET_UP}")
     missing = [name for name in packages or required() if not find_spec(MODULES.get(name, name))]
     if missing:
         way = f"use .venv/bin/python. To set it up, run in madsim's folder: {SET_UP}"
@@ -33,6 +35,9 @@ def required():
 
 
 def refuse(reason):
-    """End the program with this reason in one line, and exit status 2."""
-    print(f"{Path(sys.argv[0]).stem}: {reason}", file=sys.stderr)
+    """End the program with this reason, in one line if no terminal folds it, and exit status 2."""
+    text = f"{Path(sys.argv[0]).stem}: {reason}"
+    if sys.stderr.isatty():
+        text = fill(text, get_terminal_size().columns, break_long_words=False, break_on_hyphens=False)
+    print(text, file=sys.stderr)
     sys.exit(2)

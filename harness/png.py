@@ -5,9 +5,8 @@ import sys
 from pathlib import Path
 
 import data
-from harness.cli import Parser, add_options
-from harness.console import say, whole
-from lab.attacks import ATTACKS
+from harness.cli import add_options
+from harness.console import Parser, say, whole
 from madsim import Config, gather
 
 OPTIONS = ("dataset", "data_root", "clients", "malicious", "attack", "flip", "partition", "concentration", "seed")
@@ -43,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     if dataset.note:
         say(f"phantom images: {dataset.note}", sys.stderr)
-    true = f"; the labels are true, because attack {config.attack} changes none" * (not ATTACKS[config.attack].poison)
+    changed = (clients.attacked_labels != clients.labels).any()
+    true = "" if changed else f"; the labels are true, because attack {config.attack} changes none"
     say(f"{count} {dataset.name} images of {config.clients} clients in {whole(folder)}{true}")
     return 0

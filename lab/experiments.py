@@ -135,9 +135,9 @@ EXPERIMENTS = {
         60,
         {"iid": {"partition": "iid"}}
         | {
-            f"{name}, alpha {alpha:g}": {"partition": name, "concentration": alpha}
-            for name, alphas in PARTS.items()
-            for alpha in alphas
+            f"{name}, concentration {value:g}": {"partition": name, "concentration": value}
+            for name, values in PARTS.items()
+            for value in values
         },
         {
             f"{attack}, {start}": malicious | options
@@ -197,7 +197,7 @@ def results_of(folder: Path) -> dict[str, Any]:
     code = [part["git"] for part in (about, *about.get("resumed", []))]  # another commit may have continued the run
     found["commit"] = ", ".join(dict.fromkeys(str(part["commit"]) for part in code))
     found |= {"dirty": any(part["dirty"] for part in code), "averaged": len(last)}
-    return found | {"last_exclusion": max(summary["excluded"].values(), default=float("nan"))}
+    return found | {"last_exclusion": since["round"].iloc[0] if summary["excluded"] else float("nan")}
 
 
 def over_seeds(table: Any) -> Any:

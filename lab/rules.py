@@ -16,7 +16,7 @@ from trust import Array, Mask, Rule, mean, scaled, squared_distances, two_means,
 
 WEISZFELD_STEPS = 10_000  # ours: the most steps. About 30 are enough, unless one row has almost half of the weight.
 CONVERGED = 1e-9  # ours: the steps end when a step is shorter than this fraction of the median distance
-SMOOTHING = 1e-6  # in units of `trust.scaled`, added to the distances in Weiszfeld's steps (Pillutla et al. 2019)
+SMOOTHING = 1e-6  # of the median distance: a row as near as this counts as so far (Pillutla et al. 2019)
 LAST_LAYER = slice(-66, -2)  # the weights of the network's last layer, 2 x 32, in a row of W; its 2 biases follow
 
 
@@ -76,10 +76,11 @@ def geometric_median(W: Array, weights: Array, f: int) -> Array:
     W, unit = scaled(W.astype(np.float64))
     spread = np.sqrt(np.median(squared_distances(W)[0], axis=1))
     places = np.asarray(np.linalg.qr((W - W[spread.argmin()]).T, mode="r")).T  # [n, n], with the rows' distances
+    least = SMOOTHING * (np.median(spread) or 1)
     distance = spread  # a start that keeps the first step away from outliers
     share = np.zeros(len(W))
     for _ in range(WEISZFELD_STEPS):
-        nearer = weights / np.maximum(distance, SMOOTHING)
+        nearer = weights / np.maximum(distance, least)
         nearer /= nearer.sum()
         moved = np.linalg.norm((nearer - share) @ places)
         share = nearer

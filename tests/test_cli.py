@@ -197,6 +197,9 @@ def test_a_link_to_a_runs_folder_is_not_replaced(quick, tmp_path, capsys):
     line = refusal(capsys, *words, "--out", tmp_path / "here", "--overwrite")
     assert f"{tmp_path / 'here' / folder.name} is a link; it is not replaced" in line
     assert (folder / "summary.json").is_file()
+    (tmp_path / "here" / folder.name).unlink()
+    (tmp_path / "here" / folder.name).symlink_to(tmp_path / "nowhere")
+    assert " is a link; it is not replaced" in refusal(capsys, *words, "--out", tmp_path / "here", "--overwrite")
 
 
 def test_the_folder_of_the_data_is_this_machines_when_a_run_is_resumed(quick, tmp_path, monkeypatch, capsys):

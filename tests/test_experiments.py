@@ -74,7 +74,7 @@ def test_cells_are_what_their_names_say():
     assert late.attack_start == 15  # half as many rounds, so half of round 30
     assert (on_off.attack_period, on_off.mad_start) == (2, 5)
     noniid = cells("noniid")
-    assert noniid["dirichlet, alpha 0.5", "label_flip, never"] == Config(rounds=60, partition="dirichlet")
+    assert noniid["dirichlet, concentration 0.5", "label_flip, never"] == Config(rounds=60, partition="dirichlet")
     assert cells("membership")["never", ""] == Config(rounds=600, membership=10)
     assert readings["preset paper, observed", "20%, MAD from 5"].settings.excluded == "observed"
     assert {config.attack_start for config in cells("fig3a", rounds=50, attack_start=20).values()} == {20}  # as given
@@ -115,17 +115,29 @@ def test_seeds_are_summed_up_by_hand(capsys):
     ]
 
 
-def test_a_run_s_means_start_at_its_last_exclusion(tmp_path):
+@pytest.mark.parametrize("returned", [False, True])
+def test_a_run_s_means_start_at_its_last_exclusion(returned, tmp_path):
     """Client 1 leaves in round 4 of 6, so rounds 4 to 6 count: accuracies 0.7, 0.8 and 1.0.
 
-    Their mean is 2.5 / 3. Their changes 0.1 and 0.2 have the sample standard deviation 0.05 * sqrt 2.
+    Their mean is 2.5 / 3. Their changes 0.1 and 0.2 have the sample standard deviation 0.05 * sqrt 2. The client may
+    have been out before, in round 2, and have come back in round 3.
     """
     accuracies = [0.1, 0.2, 0.3, 0.7, 0.8, 1.0]
     rounds = [{"round": t, "active": 2 - (t > 3), "honest_accuracy": a} for t, a in enumerate(accuracies, 1)]
-    clients = [(t, client, int(client == 0 or t < 4)) for t in range(1, 7) for client in (0, 1)]
+    clients = [
+        (t, client, int(client == 0 or t in (1, 3) or (t == 2 and not returned)))
+        for t in range(1, 7)
+        for client in (0, 1)
+    ]
     pd.DataFrame(rounds).to_csv(tmp_path / "rounds.csv", index=False)
     pd.DataFrame(clients, columns=["round", "client", "active"]).to_csv(tmp_path / "clients.csv", index=False)
-    known = {"malicious": [1], "excluded": {"1": 4}, "complete": True, "jumps": [], "membership": None}
+    known = {
+        "malicious": [1],
+        "excluded": {"1": 2 if returned else 4},
+        "complete": True,
+        "jumps": [],
+        "membership": None,
+    }
     known |= dict.fromkeys(experiments.DETECTION)
     (tmp_path / "summary.json").write_text(json.dumps(known))
     about = {"settings": {}, "data": {"name": "phantom"}, "git": {"commit": "abc", "dirty": False}}

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -9,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import some
+from conftest import HERE, some
 
 import model
 from madsim import Config, Result, simulate
@@ -77,6 +79,33 @@ def test_an_interruption_while_pytorch_records_leaves_nothing_half_done(small, m
         assert_equal(simulate(SHORT, dataset=small), right)
 
 
+INTERRUPTED = """
+import os, signal, sys
+from madsim import Config, simulate
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGINT)
+
+config = Config(rounds=1, clients=4, malicious=0.25, dataset="phantom")
+sys.meta_path.insert(0, Finder())
+try:
+    assert not simulate(config).summary["complete"]
+except KeyboardInterrupt:
+    pass
+assert simulate(config).summary["complete"]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["torch.nn", "torch.fx.experimental.proxy_tensor"])
+def test_an_interruption_while_pytorch_is_imported_leaves_nothing_half_done(module):
+    """PyTorch can't be imported a second time after an import that was interrupted."""
+    subprocess.run([sys.executable, "-c", INTERRUPTED.format(module=module)], check=True, cwd=HERE, timeout=100)
+
+
 def test_a_recording_that_fails_is_not_kept(small, monkeypatch, unrecorded):
     with monkeypatch.context() as patch:
         patch.setattr(model, "make_fx", lambda function: 1 / 0)
@@ -104,7 +133,15 @@ def default_device(device: str):
     torch.set_default_device(None)
 
 
+@contextmanager
+def global_setting(function, value, usual):
+    function(value)
+    yield
+    function(usual)
+
+
 SET = {
+    "anomaly detection": lambda: global_setting(torch.autograd.set_detect_anomaly, True, False),
     "float64": lambda: default_dtype(torch.float64),
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
     "inference": torch.inference_mode,
@@ -115,7 +152,7 @@ SET = {
 
 
 @pytest.mark.parametrize("method", some(model.METHODS, "stacked"))
-@pytest.mark.parametrize("setting", some(SET, "float64", "autocast"))
+@pytest.mark.parametrize("setting", some(SET, "float64", "autocast", "anomaly detection"))
 def test_what_the_caller_has_set_in_pytorch_changes_no_number(setting, method, small):
     config = replace(SHORT, rounds=1, mad_start=1, method=method)
     right = simulate(config, dataset=small)
@@ -155,13 +192,17 @@ def test_a_run_leaves_the_number_of_threads_and_the_signals_as_they_were(small):
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
-def test_a_lower_precision_of_products_is_refused(small):
+def test_a_lower_precision_of_products_is_refused(small, monkeypatch):
     torch.set_float32_matmul_precision("medium")
     try:
         with pytest.raises(ValueError, match="set_float32_matmul_precision"):
             simulate(SHORT, dataset=small)
     finally:
         torch.set_float32_matmul_precision("highest")
+    # PyTorch raises this error if the precision was set for one kind of device.
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: (_ for _ in ()).throw(RuntimeError))
+    with pytest.raises(ValueError, match="precision is 'mixed', which changes the results"):
+        simulate(SHORT, dataset=small)
 
 
 def test_recordings_of_many_sizes_are_not_all_kept():

@@ -25,7 +25,7 @@ MAY = {  # file -> our files that it may import
     "harness.folder": set(),
     "harness.plugins": REGISTRIES,
     "harness.log": {"trust", "lab.privacy", "harness.plugins", "harness.console", "harness.folder", "harness.runs"},
-    "harness.jobs": {"harness.folder"},
+    "harness.jobs": {"harness.folder", "harness.console"},
     "harness.runs": {"harness.folder", "harness.console"},
     "harness.drawing": {"harness.runs"},
     "harness.pages": {"harness.runs", "harness.folder", "harness.console"},

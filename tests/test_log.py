@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import sys
 import types
 from dataclasses import replace
@@ -14,6 +15,7 @@ from sklearn.decomposition import PCA
 import model
 from harness import log
 from harness.folder import plain
+from harness.jobs import rounds_bar
 from harness.log import jump, plane, summarise
 from madsim import Config, simulate
 from trust import Settings
@@ -69,6 +71,32 @@ def test_the_bar_shows_accuracies_clients_and_attackers_also_in_a_notebook(small
     expected = f"test {last.test_accuracy:.3f}, honest {last.honest_accuracy:.3f}"
     assert shown.startswith("3/3 |") and shown.endswith(f", {expected}, active {last.active:.0f}, attackers {left}")
     assert len(shown) <= 80
+
+
+@pytest.mark.parametrize(("columns", "end"), [(79, "attackers 2"), (60, "honest "), (40, "test ")])
+def test_a_bar_shows_whole_numbers_also_in_a_narrow_terminal(columns, end, small, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(log, "get_terminal_size", lambda: os.terminal_size((columns, 24)))
+    result = simulate(Config(rounds=2), dataset=small, bar=True)
+    shown = capsys.readouterr().err.rstrip().split("\r")[-1]
+    number = {"honest ": result.rounds.honest_accuracy, "test ": result.rounds.test_accuracy}.get(end)
+    assert shown.endswith(end if number is None else f", {end}{number.iloc[-1]:.3f}")
+
+
+def test_several_runs_have_a_bar_in_a_notebook(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
+    with rounds_bar({tmp_path: Config(rounds=2)}):
+        pass
+    assert "0 of 1 runs" in capsys.readouterr().err
+
+
+def test_an_error_while_a_run_ends_leaves_its_folder_free(small, monkeypatch, tmp_path):
+    """The error is kept, as a notebook does, and with it the Log."""
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="full") as kept:
+        patch.setattr(log.Log, "_summarise", lambda *_, **__: (_ for _ in ()).throw(OSError("full")))
+        simulate(Config(rounds=2), tmp_path / "run", dataset=small)
+    assert kept.value and simulate(Config(rounds=2), tmp_path / "run", dataset=small, resume=True).summary["complete"]
 
 
 def test_there_is_no_bar_without_a_terminal(small, capsys):

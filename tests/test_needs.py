@@ -53,7 +53,10 @@ def test_an_old_python_is_refused_in_one_line(monkeypatch, capsys):
         patch.setattr(sys, "version_info", (3, 10, 13, "final", 0))
         needs.check()
     assert stop.value.code == 2
-    assert capsys.readouterr().err == "bench: Python 3.11 or newer is needed; this is Python 3.10.13\n"
+    assert (
+        capsys.readouterr().err
+        == f"bench: Python 3.11 or newer is needed; this is Python 3.10.13. With a newer one: {needs.SET_UP}\n"
+    )
 
 
 def test_where_nothing_is_missing_nothing_is_said(capsys):

@@ -227,6 +227,11 @@ def test_runs_that_would_look_alike_are_told_by_their_folders(tmp_path):
     assert len({(style["color"], style["linestyle"]) for style, _ in plot.bundles(runs)}) == 3
 
 
+def test_a_run_and_its_copy_are_one_line(tmp_path):
+    runs = [loaded(tmp_path / folder / "mad3-s0") for folder in ("a", "b")]
+    assert [len(members) for _, members in plot.bundles(runs)] == [1]
+
+
 def test_many_runs_keep_distinct_styles(tmp_path):
     runs = [loaded(tmp_path / str(start), mad_start=start) for start in range(1, 29)]
     assert len({(style["color"], style["linestyle"]) for style, _ in plot.bundles(runs)}) == 28

@@ -1,13 +1,17 @@
 """Tests of attacks, rules and partitions of one's own: they reach every process, or the run is refused."""
 
+import copy
 import hashlib
 import json
 import os
 import pickle
+import py_compile
 import subprocess
 import sys
 import threading
 from dataclasses import replace
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +54,7 @@ SHORT = ["--rounds", "2", "--clients", "4", "--malicious", "0.25", "--dataset", 
 @pytest.fixture(autouse=True)
 def as_before():
     """Registries, plugins and modules are the old ones after a test."""
-    kept = [(holder, dict(holder)) for holder in (ATTACKS, RULES, PARTITIONS, plugins.loaded)]
+    kept = [(holder, dict(holder)) for holder in (ATTACKS, RULES, PARTITIONS, plugins.loaded, plugins.arrived)]
     yield
     for holder, before in kept:
         holder.clear()
@@ -92,7 +96,7 @@ def test_a_run_with_a_plugin_is_resumed_with_the_same_file_alone(plugin, tmp_pat
     del sys.modules["own"]
     plugin.write_text(PLUGIN + "# changed\n")
     line = refusal(capsys, "--resume", folder, "--rounds", "3", *words)
-    assert "was begun with plugins own.py (" in line and "not own.py (" in line
+    assert "has plugins own.py (" in line and "not own.py (" in line
     plugins.loaded.clear()
     del sys.modules["own"]
     plugin.write_text(PLUGIN)
@@ -107,6 +111,7 @@ def test_a_run_with_a_plugin_is_resumed_with_the_same_file_alone(plugin, tmp_pat
         ("broken.py", "1 / 0", "broken.py can't be loaded: ZeroDivisionError: division by zero"),
         ("torn.py", "def", "can't be loaded: SyntaxError: "),
         ("data.py", "", "another module has the name data; rename the file"),
+        ("setuptools.py", "", "another module has the name setuptools; rename the file"),
     ],
 )
 def test_a_plugin_that_can_not_be_loaded_is_refused_in_one_line(name, content, expected, tmp_path, capsys):
@@ -156,6 +161,79 @@ def test_a_config_brings_its_entries_along(small):
     arrived = pickle.loads(sent)
     assert arrived == config
     assert simulate(arrived, dataset=small).rounds.equals(expected.rounds)
+
+
+def test_a_config_that_comes_home_leaves_the_entry_that_this_process_has_now():
+    """A copy of a Config does so as well: the entry keeps its state."""
+    first, second = (Attack(about, poison=lambda labels, *_: 1 - labels) for about in ("first", "second"))
+    ATTACKS["own_attack"] = first
+    sent = pickle.dumps(copy.deepcopy(Config(attack="own_attack")))
+    assert ATTACKS["own_attack"] is first
+    ATTACKS["own_attack"] = second
+    pickle.loads(sent)
+    assert ATTACKS["own_attack"] is second
+    del ATTACKS["own_attack"]  # as in another process, which takes what is sent, and then what is sent later
+    pickle.loads(sent)
+    assert ATTACKS["own_attack"].about == "first"
+    ATTACKS["own_attack"], there = second, ATTACKS["own_attack"]
+    later = pickle.dumps(Config(attack="own_attack"))
+    ATTACKS["own_attack"] = there
+    pickle.loads(later)
+    assert ATTACKS["own_attack"].about == "second"
+
+
+def test_functions_of_own_modules_travel_however_they_are_used(tmp_path, monkeypatch):
+    """Another process can't import the module, and would not know what the script has changed in it."""
+    (tmp_path / "own.py").write_text(
+        "import numpy as np\nVALUE = 0\ndef f(labels, *_): return np.full_like(labels, VALUE)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    own = import_module("own")
+    own.VALUE = 1
+    used = {"itself": own.f, "partial": partial(own.f), "by another": lambda labels, *_: own.f(labels)}
+    for name, poison in used.items():
+        ATTACKS["own_attack"] = Attack(name, poison=poison)
+        sent = pickle.dumps(Config(attack="own_attack"))
+        del ATTACKS["own_attack"]
+        with monkeypatch.context() as patch:
+            patch.delitem(sys.modules, "own")
+            patch.setattr(sys, "path", [])
+            pickle.loads(sent)
+            assert ATTACKS["own_attack"].poison(np.zeros(2, int), 1.0, None).tolist() == [1, 1], name
+
+
+def test_the_file_that_was_hashed_is_the_one_that_runs(tmp_path):
+    """Python takes a compiled copy for fresh if size and time of the file are the same."""
+    for value in (1, 2):
+        path = tmp_path / "own.py"
+        path.write_text(f'from lab.attacks import ATTACKS, Attack\nATTACKS["own_attack"] = Attack("{value}")\n')
+        os.utime(path, (0, 0))
+        if value == 1:
+            py_compile.compile(str(path))
+        plugins.load(str(path))
+        assert ATTACKS["own_attack"].about == str(value)
+        plugins.loaded.clear()
+        del sys.modules["own"]
+
+
+def test_plugins_add_up(plugin, tmp_path, capsys):
+    (tmp_path / "second.py").write_text('from lab.rules import RULES\nRULES["second"] = lambda W, weights, f: W[0]\n')
+    assert main(["--plugin", str(plugin), "--plugin", str(tmp_path / "second.py"), "--list"]) == 0
+    assert {"own_attack", "second"} <= set(capsys.readouterr().out.split())
+    assert {Path(path).name for path in plugins.loaded} == {"own.py", "second.py"}
+    del sys.modules["second"]
+
+
+@pytest.mark.parametrize("name", ["a b", "a-b", "../a", ""])
+def test_a_name_that_does_not_fit_into_a_folders_name_is_refused(name):
+    RULES[name] = RULES["mean"]
+    with pytest.raises(ValueError, match="must have a name of letters, digits and underscores"):
+        Config(rule=name)
+
+
+def test_an_entry_named_like_a_setting_has_a_folder_of_its_own():
+    ATTACKS["clients20"] = ATTACKS["nan"]
+    assert Config(attack="clients20").name == "nomad-attackclients20-s0" != Config(clients=20).name
 
 
 def test_an_entry_that_replaces_one_of_ours_is_brought_along(monkeypatch):

@@ -78,6 +78,9 @@ def test_every_attack_writes_the_labels_of_its_run(attack, quick, small, tmp_pat
         ("--clients 300", "300 clients can't share 400 images"),
         ("--rounds 5", "unrecognized arguments: --rounds 5\n"),
         ("--partitions iid", "did you mean --partition?"),
+        ("--alpha 0.5", "--alpha is now --concentration\n"),
+        ("--alpha=0.5 --seed 1", "--alpha is now --concentration\n"),
+        ("--alpha-reputation 0.5", "unrecognized arguments: --alpha-reputation 0.5"),
         ("--seed -1", "seed -1 must be at least 0"),
     ],
 )

@@ -439,11 +439,11 @@ def test_an_experiment_does_not_take_other_runs_for_its_own(grid, tmp_path, caps
     folder = next(path for path in (tmp_path / "grid").iterdir() if path.is_dir())
     about = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(about | {"lr": 0.5}))
-    assert "was begun with lr 0.5, not 0.001" in refusal(capsys, *grid, "--out", tmp_path)
+    assert "has lr 0.5, not 0.001" in refusal(capsys, *grid, "--out", tmp_path)
     (folder / "config.json").write_text(json.dumps(about | {"data": about["data"] | {"md5": "other"}}))
-    assert "was begun with data's MD5 other, not" in refusal(capsys, *grid, "--out", tmp_path)
+    assert "has data's MD5 other, not" in refusal(capsys, *grid, "--out", tmp_path)
     (folder / "config.json").write_text(json.dumps(about | {"data": None}))
-    assert "was begun with data's MD5 None, not" in refusal(capsys, *grid, "--out", tmp_path)
+    assert "has data's MD5 None, not" in refusal(capsys, *grid, "--out", tmp_path)
     (folder / "config.json").write_text(json.dumps(about))
     (folder / "summary.json").write_text('{"complete": true}')
     assert f"{folder}: its files are damaged" in refusal(capsys, *grid, "--out", tmp_path)
@@ -916,6 +916,10 @@ CHECKPOINTS = {  # name: (how the checkpoint is damaged, what the error line say
     "a negative distance": (lambda path: edited(path, distance=np.full(10, -1.0)), "its numbers are out of range"),
     "endless seconds": (lambda path: edited(path, seconds=np.full(3, np.inf)), "its numbers are out of range"),
     "a round not yet run": (lambda path: edited(path, kept_rounds=np.array([4])), "its numbers are out of range"),
+    "fewer tables": (
+        lambda path: edited(path, marks=np.ones((2, 2), int)),
+        "was written by another version, with other",
+    ),
     "no marks": (lambda path: edited(path, marks=np.zeros((3, 2), int)), "rounds.csv has other columns or more rows"),
     "nobody active": (lambda path: edited(path, active=np.zeros(10, bool)), "its numbers are out of range"),
     "another round": (lambda path: edited(path, round=np.array(5)), "3 rounds were timed, not 5"),
@@ -965,7 +969,7 @@ FOLDERS = {
     "no settings": (with_fields(settings=None), "config.json is damaged: "),
     "a wild number": (with_fields(malicious=7), "malicious fraction 7.0 must be"),
     "resumed by nobody": (with_fields(resumed=5), "config.json is damaged: resumed is not a list"),
-    "another number": (with_fields(lr=0.5), "was begun with lr 0.001, not 0.5; a run can't change its settings"),
+    "another number": (with_fields(lr=0.5), "has lr 0.001, not 0.5; a run can't change its settings"),
     "a row edited": (lambda folder: swap_a_digit(folder / "rounds.csv"), "rounds.csv was changed or cut short since"),
     "a client's row edited": (lambda folder: swap_a_digit(folder / "clients.csv"), "clients.csv was changed or cut"),
     "rows lost": (lambda folder: cut_in_half(folder / "clients.csv"), "clients.csv was changed or cut short since"),
@@ -992,16 +996,16 @@ def test_a_folder_edited_by_hand_gets_one_line(kind, stopped, quick, capsys):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ("--lr 0.01", "was begun with lr 0.001, not 0.01; a run can't change its settings"),
-        ("--rounds 9 --seed 1", "was begun with seed 0, not 1;"),
+        ("--lr 0.01", "has lr 0.001, not 0.01; a run can't change its settings"),
+        ("--rounds 9 --seed 1", "has seed 0, not 1;"),
         (
             "--rounds 5",
-            "was begun with rounds 6, not 5; a run can't change its settings (--resume can only add rounds)",
+            "has rounds 6, not 5; a run can't change its settings (--resume can only add rounds)",
         ),
-        ("--mad-start 4", "was begun with mad_start [3], not [4];"),
-        ("--mad-start 3 4", "was begun with mad_start [3], not [3, 4];"),
-        ("--preset testbed", "was begun with clusters 2, not 1, scale_floor 2.5, not 0.0"),
-        ("--threshold 0.3", "was begun with threshold 0.15, not 0.3;"),
+        ("--mad-start 4", "has mad_start 3, not 4;"),
+        ("--mad-start 3 4", "has mad_start 3, not 3 4;"),
+        ("--preset testbed", "has clusters 2, not 1, scale_floor 2.5, not 0.0"),
+        ("--threshold 0.3", "has threshold 0.15, not 0.3;"),
         ("--seeds 2", "--resume continues runs that exist; leave out --seeds"),
         ("--overwrite", "leave out --overwrite"),
         ("--out elsewhere", "leave out --out"),
@@ -1025,7 +1029,16 @@ def test_a_run_can_be_made_longer_and_its_first_rounds_stay(tiny, quick, tmp_pat
     assert csv_bytes(tmp_path / "run") == csv_bytes(tmp_path / "long")
     about = json.loads((tmp_path / "run" / "config.json").read_text())
     assert about["rounds"] == 6 and about["resumed"][0]["after_round"] == 3
-    assert "was begun with rounds 6, not 5" in refusal(capsys, "--resume", tmp_path / "run", "--rounds", "5")
+    assert "has rounds 6, not 5" in refusal(capsys, "--resume", tmp_path / "run", "--rounds", "5")
+
+
+def test_a_complete_run_without_a_checkpoint_stays_complete_and_does_not_grow(quick, tmp_path, capsys):
+    folder = tmp_path / "run"
+    simulate(Config(rounds=2, dataset="phantom"), folder, dataset=data.phantom())
+    (folder / "checkpoint.npz").unlink()
+    line = refusal(capsys, "--resume", folder, "--rounds", "3")
+    assert line.endswith("can't be resumed: it holds no checkpoint.npz; run it again with --overwrite\n")
+    assert main(["--resume", str(folder)]) == 0 and complete(folder)
 
 
 def test_a_complete_run_that_is_stopped_on_its_way_to_more_rounds_is_not_complete(tiny, tmp_path):
@@ -1075,7 +1088,7 @@ def test_a_run_is_resumed_with_the_same_settings_and_other_threads(stopped, quic
 def test_a_run_is_not_resumed_with_other_data(stopped, tiny, capsys, monkeypatch):
     folder, _ = stopped
     monkeypatch.setattr(data, "phantom", lambda seed=0, note="": replace(tiny, md5="another"))
-    assert "was begun with data's MD5 none, not another" in refusal(capsys, "--resume", folder)
+    assert "has data's MD5 none, not another" in refusal(capsys, "--resume", folder)
 
 
 def test_a_run_still_going_is_not_resumed(stopped, tiny, quick, capsys, monkeypatch):

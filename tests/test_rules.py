@@ -210,6 +210,15 @@ def test_a_robust_rule_withstands_numbers_of_any_size(rule, kind):
             assert np.abs(quietly(W, "mean", np.zeros(80, kind))).max() > min(most**0.4, 10) or signs == (1, -1)
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-6, 1e-10, 1e-20])
+def test_the_geometric_median_withstands_outliers_among_small_weights(size):
+    """Two of ten rows lie 300 units away: the mean is 60 units off."""
+    W = np.random.default_rng(0).normal(size=(10, 50)) * size
+    W[:2] += 300 * size
+    assert np.abs(RULES["geometric_median"](W, np.ones(10), 2)).max() < 2 * size
+    assert np.abs(RULES["mean"](W, np.ones(10), 2)).max() > 50 * size
+
+
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("size", [1e-300, 1e-170, 1e100, 1e160, 1e300, 2.0**1015])
 def test_the_aggregate_of_a_whole_federation_moves_with_its_size(rule, size):

@@ -645,8 +645,8 @@ def test_no_submission_gets_in_or_costs_an_honest_client_its_place(name, quarter
 
     Every round ends, the scores stay in their range, and the four clients are excluded.
     """
-    monkeypatch.setitem(ATTACKS, name, Attack("", submit=SUBMISSIONS[name]))
-    run = simulate(Config(rounds=6, mad_start=1, malicious=0.4, attack=name), dataset=quarter)
+    monkeypatch.setitem(ATTACKS, "own", Attack("", submit=SUBMISSIONS[name]))
+    run = simulate(Config(rounds=6, mad_start=1, malicious=0.4, attack="own"), dataset=quarter)
     assert run.rounds["round"].tolist() == [1, 2, 3, 4, 5, 6]
     assert np.isfinite(run.weights).all() and np.isfinite(run.rounds.to_numpy(float)).all()
     for score in ("d", "reputation", "trust"):
@@ -664,8 +664,8 @@ def test_no_submission_gets_in_or_costs_an_honest_client_its_place(name, quarter
 @pytest.mark.parametrize("name", ["1e30", "noise"])
 def test_without_mad_such_a_submission_ruins_the_model(name, quarter, monkeypatch):
     """The negative control: FedAvg averages the same submissions."""
-    monkeypatch.setitem(ATTACKS, name, Attack("", submit=SUBMISSIONS[name]))
-    config = Config(rounds=4, malicious=0.4, attack=name)
+    monkeypatch.setitem(ATTACKS, "own", Attack("", submit=SUBMISSIONS[name]))
+    config = Config(rounds=4, malicious=0.4, attack="own")
     try:
         attacked = simulate(config, dataset=quarter).rounds.test_loss.iloc[-1]
     except FloatingPointError:  # no client can continue training from this model

@@ -23,8 +23,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")  # numpy's idle threads would spin on the cores PyTorch needs
-
 import numpy as np
 
 import data

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache, partial
-from threading import Lock
+from threading import Lock, local
 from typing import Any
 
 import numpy as np
@@ -32,35 +32,40 @@ DROPOUT = (0.3, 0.2)  # testbed: after each of them
 # PyTorch's own defaults
 ADAM: dict[str, Any] = dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, amsgrad=False, maximize=False)
 METHODS = ("stacked", "loop")
-BLOCK = 32  # ours, measured: clients trained at once, which bounds the memory; 8 take 15 % longer, 64 as long
-EVALUATED = (8, 28)  # ours, measured: groups, and images per group, that are evaluated at once
+BLOCK = 32  # ours, measured: clients that a thread trains at once, at most; more take more memory
+EVALUATED = (4, 28)  # ours, measured: groups, and images per group, that a thread evaluates at once
+FILLED = 0.1  # ours: the share of the work that may go into filling up short batches
+ALIGNED = 16  # floats: a client's row in training is filled up to a multiple of this, the longest vector of a processor
 RECORDINGS = 8  # ours: recordings that are kept, about 20 MB each; a run needs up to four of them at a time
 RECORDER = Lock()  # PyTorch can record in one thread at a time
-opened: list[int] = []  # the callers' numbers of threads, one for each block of `own_modes` that sets another number
+opened: list[int] = []  # the callers' numbers of threads, one for each open block of `own_modes`
+entered = local()  # per thread of Python: whether it is inside `own_modes`
 
 
 @contextmanager
-def own_modes(threads: int | None = None) -> Iterator[None]:
-    """Inside the block PyTorch has its usual modes, whatever the caller has set, and uses this number of threads.
+def own_modes() -> Iterator[None]:
+    """Inside the block PyTorch has its usual modes, whatever the caller has set, and one thread; see `in_threads`.
 
     The caller's modes and number of threads return afterwards.
     """
+    if getattr(entered, "own_modes", False):
+        yield
+        return
     with (
         torch.autocast("cpu", enabled=False),
         torch.autocast("cuda", enabled=False),
         torch.inference_mode(False),
         torch.enable_grad(),
     ):
-        if threads is None:
-            yield
-            return
         before = callers_threads()
         opened.append(before)
+        entered.own_modes = True
         try:
-            torch.set_num_threads(threads)
+            torch.set_num_threads(1)
             yield
         finally:
             torch.set_num_threads(before)
+            entered.own_modes = False
             opened.pop()
 
 
@@ -70,6 +75,30 @@ def callers_threads() -> int:
     A new thread of Python starts with the number that was set last, which may be that of another thread's block.
     """
     return opened[0] if opened else torch.get_num_threads()
+
+
+def usable_cores() -> dict[str, int]:
+    """The numbers of cores that this process may use. A run uses as many threads as the smallest says.
+
+    `usable` follows from the CPU affinity of the process and the quota of its container (cgroup). `physical` are the
+    physical ones among these: two threads on one core share its arithmetic. `pytorch` is PyTorch's own number, which
+    OMP_NUM_THREADS or the caller may have set.
+    """
+    from joblib import cpu_count
+
+    return {"usable": cpu_count(), "physical": cpu_count(only_physical_cores=True), "pytorch": callers_threads()}
+
+
+def in_threads(function: Callable, parts: Sequence, threads: int) -> list:
+    """The function's results for all parts. So many threads work on them, each with one thread of PyTorch.
+
+    The threads meet once, at the end. With PyTorch's own threads they would meet at the end of each small operation,
+    so that one late thread delays all, some 300 times in a step of training.
+    """
+    if min(threads, len(parts)) == 1:
+        return [function(part) for part in parts]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(function, parts))
 
 
 # ---------------------------------------------------------------- the network of one client
@@ -197,9 +226,18 @@ PARAMETERS = sum(shape.numel() for shape in SHAPES.values())
 
 
 def parts_of(w: Tensor) -> dict[str, Tensor]:
-    """The network's parameters by their names, as views of the weights w [P]."""
-    parts = w.split([shape.numel() for shape in SHAPES.values()])
+    """The network's parameters by their names, as views of the weights w [P], which may be filled up at the end."""
+    parts = w.split([*(shape.numel() for shape in SHAPES.values()), len(w) - PARAMETERS])
     return {name: part.view(SHAPES[name]) for name, part in zip(SHAPES, parts)}
+
+
+def row_of(w: Tensor) -> Tensor:
+    """The weights w [P], filled up to a multiple of `ALIGNED`.
+
+    Adam works through the rows of all clients of a block as one row. So the weights of a client have the same place in
+    the vectors of the processor, whatever the block.
+    """
+    return F.pad(w, (0, -PARAMETERS % ALIGNED))
 
 
 def logits_of(w: Tensor, images: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -223,6 +261,7 @@ def train_clients(
     lr: float = 1e-3,
     dropout: tuple[float, float] = DROPOUT,
     method: str = "stacked",
+    threads: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Local training of all clients from the global weights w [P]: (W [C, P], mean training loss [C] in nats).
 
@@ -234,33 +273,62 @@ def train_clients(
     """
     if method not in METHODS:
         raise ValueError(f"method {method!r} is unknown; known: {', '.join(METHODS)}")
-    train = train_stacked if method == "stacked" else train_loop
-    width = BLOCK if method == "stacked" else 1
-    W, loss = [], []
-    for first in range(0, len(members), width):
-        block = slice(first, first + width)
-        batches = draw_batches(members[block], rngs[block], epochs, batch_size, dropout)
-        trained, losses = train(w, images, labels, lr, *batches)
-        W.append(trained)
-        loss.append(losses)
-    return torch.cat(W), torch.cat(loss)
+    stacked = method == "stacked"
+    size = block_size(len(members), threads, w.device) if stacked else 1
+    widths = batch_widths([len(own) for own in members], epochs, batch_size)
+
+    def train(first: int) -> tuple[Tensor, Tensor]:
+        block = slice(first, first + size)
+        batches = draw_batches(members[block], rngs[block], (size, max(widths)), epochs, batch_size, dropout)
+        return (
+            train_stacked(w, images, labels, lr, *batches, widths)
+            if stacked
+            else train_loop(w, images, labels, lr, *batches)
+        )
+
+    for width in set(widths) if stacked else ():
+        recorded_gradients(size, width, w.device, w.dtype)  # before the threads start
+    W, loss = zip(*in_threads(train, range(0, len(members), size), threads))
+    return torch.cat(W)[: len(members)], torch.cat(loss)[: len(members)]
+
+
+def block_size(clients: int, threads: int, device: torch.device) -> int:
+    """How many clients a thread trains at once: equal blocks, at most `BLOCK`. A GPU trains all clients at once."""
+    turns = -(-clients // (threads * BLOCK))  # blocks that a thread trains one after another
+    return -(-clients // (threads * turns)) if device.type == "cpu" else clients
+
+
+def batch_widths(sizes: Sequence[int], epochs: int, batch_size: int) -> list[int]:
+    """The room for images in each step, from the clients' numbers of images: enough for the batch of every client.
+
+    It does not depend on the blocks, so the results of a client do not either. Each new width has to be recorded.
+    So there is full room in all steps, unless this makes more than `FILLED` of the work.
+    """
+    n = np.array(sizes)[:, None]  # [C, 1]
+    full = min(batch_size, n.max())
+    steps = -(-n // full)  # per epoch
+    s = np.arange(epochs * steps.max())
+    batches = np.where(s < epochs * steps, np.minimum(full, n - s % steps * full), 0)  # [C, S]
+    widths = np.minimum(full, -(-batches.max(0) // 4) * 4)  # [S]
+    return [int(full)] * len(s) if widths.sum() > (1 - FILLED) * full * len(s) else widths.tolist()
 
 
 def draw_batches(
     members: Sequence[np.ndarray],
     rngs: Sequence[np.random.Generator],
+    shape: tuple[int, int],
     epochs: int,
     batch_size: int,
     dropout: tuple[float, float],
 ) -> tuple[np.ndarray, np.ndarray]:
     """The clients' batches of image numbers, int64 [C, S, B], and their dropout factors, float32 [C, S, B, 96].
 
-    -1 fills up short batches, and the missing batches of clients with fewer images. B is the batch size, or the largest
-    number of images per client if that is smaller.
+    `shape` is C and B, which have room for the clients and for their largest batch. -1 fills up what is left: short
+    batches, the missing batches of clients with fewer images, and missing clients. So all batches have one shape.
     """
     widths = [min(batch_size, len(own)) for own in members]  # a client's draws do not depend on other clients
     steps = [epochs * -(-len(own) // width) for own, width in zip(members, widths)]
-    numbers = np.full((len(members), max(steps), max(widths)), -1)
+    numbers = np.full((shape[0], max(steps), shape[1]), -1)
     keep = np.ones((*numbers.shape, sum(HIDDEN)), np.float32)
     p = np.repeat(np.array(dropout, np.float32), HIDDEN)  # [96]
     for c, (own, rng) in enumerate(zip(members, rngs)):
@@ -311,39 +379,39 @@ def record(function: Callable, *arguments: Tensor) -> Callable:
 def recorded_gradients(clients: int, batch: int, device: torch.device, dtype: torch.dtype) -> Callable:
     """The recorded function from the arguments of `batch_losses` to gradients [C, P] and losses [C], for one size."""
     new = partial(torch.zeros, device=device, dtype=dtype)
-    W, images, labels = new(clients, PARAMETERS), new(1, 1, 28, 28), new(1).long()
+    W, images, labels = row_of(new(PARAMETERS)).repeat(clients, 1), new(1, 1, 28, 28), new(1).long()
     pick, share, keep = new(clients, batch).long(), new(clients, batch), new(clients, batch, sum(HIDDEN))
     return record(grad(batch_losses, has_aux=True), W, images, labels, pick, share, keep)
 
 
 @torch.no_grad()
 def train_stacked(
-    w: Tensor, images: Tensor, labels: Tensor, lr: float, numbers: np.ndarray, keep: np.ndarray
+    w: Tensor, images: Tensor, labels: Tensor, lr: float, numbers: np.ndarray, keep: np.ndarray, widths: list[int]
 ) -> tuple[Tensor, Tensor]:
-    """Train all clients at once; see `train_clients`, and `draw_batches` for `numbers` and `keep`.
+    """Train a block of clients at once; see `train_clients`, `draw_batches` for `numbers` and `keep`, `batch_widths`.
 
     The loop over steps never waits for the device: the data that it needs are sent there before.
     """
     w.new_empty(8_000_000)  # freeing 32 MB once makes glibc keep freed memory
     sizes = (numbers >= 0).sum(2)  # [C, S]
-    widths, last = sizes.max(0), (sizes > 0).sum(1) - 1  # [S], [C]
+    last = (sizes > 0).sum(1) - 1  # [C]
     picks = torch.from_numpy(numbers.clip(0)).to(w.device)  # [C, S, B]
     shares = torch.from_numpy((numbers >= 0) / sizes.clip(1)[..., None]).to(w)  # [C, S, B]
-    portions = torch.from_numpy(sizes / sizes.sum(1, keepdims=True)).to(w)  # [C, S]
+    portions = torch.from_numpy(sizes / sizes.sum(1, keepdims=True).clip(1)).to(w)  # [C, S]
     keeps = torch.from_numpy(keep).to(w)  # [C, S, B, 96]
 
-    W = w.expand(len(numbers), -1).clone()  # [C, P]
+    W = row_of(w).expand(len(numbers), -1).clone()  # [C, P], filled up
     # The moments and the step count of Adam
     mean, square = torch.zeros_like(W), torch.zeros_like(W)
     count = torch.zeros((), dtype=torch.float32, device=w.device)
-    trained, losses = torch.empty_like(W), []
-    for s, B in enumerate(widths.tolist()):
+    trained, losses = w.new_empty(len(W), PARAMETERS), []
+    for s, B in enumerate(widths[: sizes.shape[1]]):
         gradients = recorded_gradients(len(W), B, W.device, W.dtype)
         gradient, loss = gradients(W, images, labels, picks[:, s, :B], shares[:, s, :B], keeps[:, s, :B])
         adam([W], [gradient], [mean], [square], [], [count], lr=lr, fused=True, **ADAM)
         losses.append(loss)
-        for c in np.flatnonzero(last == s):  # a client with fewer batches is done; later steps do not matter
-            trained[c] = W[c]
+        done = np.flatnonzero(last == s)  # these clients have no more batches; later steps do not matter
+        trained[done] = W[done, :PARAMETERS]
     return trained, (torch.stack(losses, 1) * portions).sum(1)
 
 
@@ -390,11 +458,10 @@ def lay_out(images: Tensor) -> Tensor:
 
 
 @own_modes()
-@torch.no_grad()
-def predict(w: Tensor, images: Tensor) -> Tensor:
+def predict(w: Tensor, images: Tensor, threads: int = 1) -> Tensor:
     """Logits [K * G * B, 2] of weights w [P] on images from `lay_out`. Those after the n-th belong to blank images."""
-    logits = recorded_logits(w.device, w.dtype)
-    return torch.cat([logits(w, part) for part in images]).flatten(0, 1)
+    logits = torch.no_grad()(recorded_logits(w.device, w.dtype))
+    return torch.cat(in_threads(partial(logits, w), images.unbind(), threads)).flatten(0, 1)
 
 
 def evaluate(w: Tensor, images: Tensor, labels: Tensor) -> dict[str, float]:
@@ -459,7 +526,8 @@ class Clients:
         self.shares, self.seed, self.training = shares, seed, training
         self.attacking, self.submit = attacking, submit
         self.device = pick_device(device)
-        self.threads = threads or callers_threads()
+        self.cores = usable_cores()
+        self.threads = threads or min(self.cores.values())
         self.malicious = np.array([share.malicious for share in shares])  # [C]
         self.sizes = np.array([len(share.train) for share in shares])  # [C]
         images, true, attacked = train
@@ -484,8 +552,8 @@ class Clients:
         who = np.flatnonzero(asked).tolist()
         rngs = [np.random.default_rng([self.seed, t, client, 1]) for client in who]
         members = [self.shares[client].train for client in who]
-        with own_modes(self.threads):
-            W, loss = train_clients(self.send(w), self.images, self.labels_in(t), members, rngs, **self.training)
+        data = self.images, self.labels_in(t)
+        W, loss = train_clients(self.send(w), *data, members, rngs, threads=self.threads, **self.training)
         losses = np.full(len(asked), np.nan)
         losses[who] = loss.cpu().numpy()
         return W, losses
@@ -495,7 +563,7 @@ class Clients:
         bad = self.malicious[asked]
         if bad.any() and self.attacking(t):
             rng = np.random.default_rng([self.seed, t, 2])
-            with own_modes(self.threads):
+            with own_modes():
                 W[bad] = self.submit(W[bad], self.send(w), W[~bad], rng)
         submitted = np.full((len(asked), W.shape[1]), np.nan, np.float32)
         submitted[asked] = W.cpu().numpy()
@@ -503,8 +571,8 @@ class Clients:
 
     def evaluate(self, w: np.ndarray, t: int) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
         """Loss [C] and accuracy [C] on the clients' own validation data in round t, and the metrics on the test set."""
-        with own_modes(self.threads):
-            logits, n = predict(self.send(w), self.evaluated), len(self.test_labels)
+        with own_modes():
+            logits, n = predict(self.send(w), self.evaluated, self.threads), len(self.test_labels)
             test, own = logits[:n], logits[n : n + len(self.own)]
             return *metrics_by_client(own, self.labels_in(t)[self.own], self.owner), metrics(test, self.test_labels)
 

@@ -8,7 +8,6 @@ from minute to minute.
 import argparse
 import cProfile
 import json
-import os
 import platform
 import pstats
 import statistics
@@ -17,7 +16,8 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,9 +28,6 @@ if __name__ == "__main__":
 
     check()
 
-import madsim  # before numpy, because it sets how numpy's threads wait
-
-# isort: split
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -38,6 +35,7 @@ from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
+import madsim
 import model
 from harness.jobs import simulate_all
 from madsim import Config, gather
@@ -52,6 +50,7 @@ PARTS = {  # the parts of a round, with the functions that do them and their fil
 }
 CLIENTS, IMAGES = (10, 100, 1000), (1, 2, 4)  # of --scale: clients, and copies of each training image
 CELL_ROUNDS, MANY_ROUNDS = 10, 300  # of --scale: rounds of a cell, and of the cell that shows memory over rounds
+BUSY_PROGRAMS, BUSY_ROUNDS = 2, 20  # of --busy: other programs, and rounds of a turn
 JOBS_RUNS, JOBS_ROUNDS = 4, 250  # of --jobs: runs, and rounds of each
 
 
@@ -62,6 +61,14 @@ def run(rounds: int, dataset: data.Dataset, **options) -> dict:
     """The content of summary.json of a run that writes its results."""
     with tempfile.TemporaryDirectory() as folder:
         return madsim.simulate(Config(rounds=rounds, **options), Path(folder) / "run", dataset=dataset).summary
+
+
+def seconds_of(rounds: int, dataset: data.Dataset, **options) -> list[float]:
+    """The seconds of each round of a run that writes its results."""
+    with tempfile.TemporaryDirectory() as folder:
+        madsim.simulate(Config(rounds=rounds, **options), Path(folder) / "run", dataset=dataset)
+        with np.load(Path(folder) / "run" / "checkpoint.npz") as checkpoint:
+            return checkpoint["seconds"].tolist()
 
 
 def timed(function: Callable[[], object]) -> float:
@@ -102,7 +109,10 @@ def parts_of(calls: cProfile.Profile) -> dict[str, float]:
 
 
 def heading(text: str) -> None:
-    print(f"{platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}, ", end="")
+    print(
+        f"{platform.machine()}, {min(model.usable_cores().values())} threads, Python {platform.python_version()}, ",
+        end="",
+    )
     print(f"torch {torch.__version__.split('+')[0]}; {text}")
 
 
@@ -201,9 +211,37 @@ def measure_cell(clients: int, images: int, rounds: int) -> None:
     print(json.dumps([seconds, int(status.split("VmHWM:")[1].split()[0]) / 1e3]))
 
 
+@contextmanager
+def busy_programs() -> Iterator[None]:
+    """Inside the block, other programs run that never rest, each on one thread."""
+    programs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(BUSY_PROGRAMS)]
+    try:
+        yield
+    finally:
+        for program in programs:
+            program.kill()
+            program.wait()
+
+
+def bench_busy(turns: int) -> None:
+    """The default round alone and beside two other programs that never rest, in turns."""
+    dataset = data.load("phantom")
+    run(2, dataset)  # warm up
+    alone, beside = [], []
+    for _ in range(turns):
+        alone.append(seconds_of(BUSY_ROUNDS, dataset))
+        with busy_programs():
+            beside.append(seconds_of(BUSY_ROUNDS, dataset))
+    heading(f"{turns} turns of {BUSY_ROUNDS} rounds each: median (range) of all rounds")
+    for name, seconds in (("alone", alone), ("beside", beside)):
+        print(f"{name:<16} {spread(np.concatenate(seconds).tolist(), 1e3)} ms")
+    medians = [[statistics.median(seconds) for seconds in each] for each in (beside, alone)]
+    print(f"beside / alone   {spread(ratios(*medians))}, of the medians of the turns")
+
+
 def bench_jobs(turns: int) -> None:
     """Several runs as processes, beside one after another on all cores and on one core."""
-    dataset, cores = data.load("phantom"), os.cpu_count() or 1
+    dataset, cores = data.load("phantom"), min(model.usable_cores().values())
     several = [Config(rounds=JOBS_ROUNDS, seed=seed) for seed in range(JOBS_RUNS)]
 
     def all_of(jobs: int, threads: int | None) -> float:
@@ -221,17 +259,18 @@ def bench_jobs(turns: int) -> None:
 
 
 def bench_profile(turns: int) -> None:
-    """The operations of one training step of the default round."""
-    C, B = 10, 20
-    W, pick = model.initial_weights(0).repeat(C, 1), torch.arange(C * B).view(C, B)
+    """The operations of one training step of a block of the default round, on one thread."""
+    clients, batch = gather(Config(), data.load("phantom")), 20
+    C, B = model.block_size(len(clients.shares), clients.threads, clients.device), batch
+    W, pick = model.row_of(model.initial_weights(0)).repeat(C, 1), torch.arange(C * B).view(C, B)
     images, labels = torch.rand(C * B, 1, 28, 28), torch.zeros(C * B, dtype=torch.int64)
     step = model.recorded_gradients(C, B, W.device, W.dtype)
-    with torch.no_grad(), profile() as operations:
+    with model.own_modes(), torch.no_grad(), profile() as operations:
         for _ in range(turns):
             step(W, images, labels, pick, torch.full((C, B), 1 / B), torch.ones(C, B, sum(model.HIDDEN)))
     events = sorted(operations.key_averages(), key=lambda event: event.self_cpu_time_total, reverse=True)
     total = sum(event.self_cpu_time_total for event in events)
-    heading(f"mean of {turns} steps, without the optimiser")
+    heading(f"mean of {turns} steps of {C} clients, without the optimiser")
     for event in events[:12]:
         share = event.self_cpu_time_total / total
         print(f"{event.key:<28} {event.count // turns:4d} x   {share * total / turns / 1e3:6.2f} ms   {share:6.1%}")
@@ -256,7 +295,7 @@ def bench_flower(turns: int) -> None:
 
 
 def main() -> None:
-    measurements = (bench_run, bench_scale, bench_jobs, bench_profile, bench_flower)
+    measurements = (bench_run, bench_busy, bench_scale, bench_jobs, bench_profile, bench_flower)
     about = {function: (function.__doc__ or "-").splitlines()[0] for function in (bench_round, *measurements)}
     parser = argparse.ArgumentParser(description=about[bench_round])
     several = parser.add_mutually_exclusive_group()

@@ -22,9 +22,9 @@ def simulate_all(
 ) -> list:
     """The Result of `simulate` for each of the `runs`, which are Configs by their folders.
 
-    A single run uses all threads. Several runs are `jobs` processes (None: one per core that this process may use), or
-    jobs on the `cluster` of `workers`. A run continues if its folder has a checkpoint. If one of several fails, the
-    list holds its error.
+    A single run uses all cores that this process may use. Several runs are `jobs` processes (None: as many as these
+    cores allow), or jobs on the `cluster` of `workers`. A run continues if its folder has a checkpoint. If one of
+    several fails, the list holds its error.
     """
     if not runs:
         return []
@@ -34,8 +34,9 @@ def simulate_all(
     from joblib import Parallel, cpu_count, delayed
 
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")  # if the processes are killed
-    jobs = min(jobs or cpu_count(), len(runs))
-    threads = 1 if cluster else max(1, cpu_count() // jobs)
+    cores, asked = cpu_count(only_physical_cores=True), max(config.threads or 1 for config in runs.values())
+    jobs = min(jobs or max(1, cores // asked), len(runs))
+    threads = 1 if cluster else max(1, cores // jobs)
     each = [(replace(config, threads=config.threads or threads), folder.absolute()) for folder, config in runs.items()]
     with rounds_bar(runs):
         return Parallel(n_jobs=jobs)(delayed(attempt)(simulate, *run, dataset, sys.argv) for run in each)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from harness import plugins
-from harness.console import fold, progress
+from harness.console import progress
 from harness.folder import (
     CHECKPOINT,
     identity,
@@ -49,8 +49,6 @@ SHOWN_CLIENTS = 50  # ours: plane.csv is written for this many clients at most; 
 CHECKPOINT_SECONDS = 1.0  # ours: a kill loses this much and one round; a checkpoint takes about 2 ms
 ROUND_SECONDS = 0.012  # measured on two cores, per client and local epoch
 BAR = 26  # characters of a progress bar, besides the numbers of rounds and the news
-SLOW = 10  # ours: a round is slow at this many times its usual length; with two busy programs it took 100 times as long
-SLOW_AFTER = 5  # ours: the number of slow rounds after which the terminal says so
 
 
 class Log:
@@ -92,7 +90,7 @@ class Log:
             self._create()
         shape = "{n}/{total} |{bar}| {elapsed}<{remaining}{postfix}"
         self.bar = progress(self.show, total=self.config.rounds, initial=scores.round, bar_format=shape)
-        self.first, self.lap = scores.round, time.perf_counter()
+        self.lap = time.perf_counter()
         self.last = w, scores, self.last_marks()
         self.begun = True
         self.save()
@@ -180,16 +178,6 @@ class Log:
             news.pop()  # tqdm would cut off digits
         self.bar.set_postfix_str(", ".join(news), refresh=False)
         self.bar.update()
-        if self.show and t == self.first + SLOW_AFTER:
-            self._warn_if_slow()
-
-    def _warn_if_slow(self) -> None:
-        """Say what helps if the threads seem to wait for other busy programs."""
-        length = float(np.median(self.seconds[-SLOW_AFTER:]))
-        if length > SLOW * usual_seconds(self.config) and self.members.threads > 1:
-            hint = "if other programs are busy, stop (Ctrl-C) and continue with --threads 1"
-            text = fold(f"A round takes {length:.1f} s, which is slow: {hint}", sys.stderr)
-            self.bar.write(text, file=sys.stderr)
 
     def _points(self, t: int, W: np.ndarray, scores: State, before: np.ndarray) -> list[list]:
         """The rows of plane.csv: the submissions W [C, P] as points of the `plane`. `before` are the last points."""
@@ -385,7 +373,7 @@ def origin(members: Any) -> dict[str, Any]:
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "git": {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)},
         "versions": {"python": sys.version.split()[0]} | {package: version(package) for package in packages},
-        "machine": {"device": str(members.device), "threads": members.threads},
+        "machine": {"device": str(members.device), "threads": members.threads, "cores": members.cores},
         "plugins": {Path(plugin).name: sha256 for plugin, sha256 in plugins.loaded.items()},
     }
 

@@ -174,9 +174,9 @@ def test_autocast_would_change_the_numbers():
 def test_blocks_that_overlap_in_two_threads_leave_the_number_of_threads_to_new_ones():
     """A thread that starts inside the other's block sees its single thread, but the caller's number returns."""
     torch.set_num_threads(2)
-    second = model.own_modes(1)
+    second = model.own_modes()
     with ThreadPoolExecutor(1) as thread:
-        with model.own_modes(1):
+        with model.own_modes():
             assert thread.submit(torch.get_num_threads).result() == 1  # the negative control
             thread.submit(second.__enter__).result()
         thread.submit(second.__exit__, None, None, None).result()

@@ -55,7 +55,7 @@ def test_config_json_holds_what_is_needed_to_run_it_again(small, tmp_path):
     fields["settings"] = type(config.settings)(**fields["settings"])
     assert Config(**fields) == config
     assert written["data"] == {"name": "phantom", "md5": small.md5, "note": "no network"}
-    assert written["machine"] == {"device": "cpu", "threads": 1}
+    assert written["machine"] == {"device": "cpu", "threads": 1, "cores": model.usable_cores()}
     assert set(written["versions"]) >= {"python", "numpy", "torch", "scikit-learn"}
     assert set(written["git"]) == {"commit", "dirty"}
     assert written["command"]
@@ -102,13 +102,6 @@ def test_an_error_while_a_run_ends_leaves_its_folder_free(small, monkeypatch, tm
 def test_there_is_no_bar_without_a_terminal(small, capsys):
     simulate(Config(rounds=1), dataset=small, bar=True)
     assert capsys.readouterr().err == ""
-
-
-@pytest.mark.parametrize(("usual", "threads", "told"), [(1e-9, 2, True), (1e-9, 1, False), (1e3, 2, False)])
-def test_rounds_that_are_far_too_slow_are_told_of_once(usual, threads, told, small, monkeypatch, capsys):
-    monkeypatch.setattr(log, "ROUND_SECONDS", usual)
-    simulate(Config(rounds=7, threads=threads), dataset=small, bar=True)
-    assert capsys.readouterr().err.count("continue with --threads 1") == told
 
 
 def test_the_rounds_are_the_means_of_the_clients(small):

@@ -21,12 +21,14 @@ from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 
+import conftest
 import numpy as np
 import pytest
 import torch
-from conftest import HERE, command, examples, refusal, some
+from conftest import HERE, command, examples, part, refusal, some
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from threadpoolctl import ThreadpoolController
 
 import data
 import madsim
@@ -37,7 +39,7 @@ from harness.cli import main
 from harness.folder import claimed, complete
 from lab.attacks import ATTACKS, Attack
 from madsim import Config, simulate
-from trust import PRESETS, Settings, aggregate, initial_state, mad_step
+from trust import PRESETS, Settings, aggregate, initial_state, mad_step, squared_distances
 
 CSV = ("rounds.csv", "clients.csv", "plane.csv")
 
@@ -590,22 +592,49 @@ def test_a_folder_that_turns_read_only_ends_in_one_line(quick, tmp_path, capsys,
 # ---------------------------------------------------------------- the same seed, the same bytes
 
 
-def test_runs_of_one_seed_differ_in_nothing_but_their_threads(tiny, tmp_path):
-    """Runs with 1 and 2 threads give the same bytes. Another seed gives other bytes.
+FEDERATIONS = {
+    "ten": {},
+    "twenty-three": {"clients": 23},
+    "unequal": {"clients": 7, "partition": "dirichlet", "malicious": 0.3},
+    "unequal in size": {"clients": 23, "partition": "quantity", "rule": "geometric_median"},
+    "many": {"clients": 45, "malicious": 0.1},
+    "odd batches": {"clients": 5, "batch_size": 7, "epochs": 2},
+    "one by one": {"method": "loop"},
+}
+
+
+@pytest.mark.parametrize("name", some(FEDERATIONS, "unequal", "one by one"))
+@pytest.mark.parametrize("kind", some(["phantom", "PneumoniaMNIST"], "phantom"))
+def test_runs_of_one_seed_differ_in_nothing_but_their_threads(name, kind, request, monkeypatch, tmp_path):
+    """Any number of threads, and blocks of any size, give the same bytes and weights. Another seed gives others.
 
     config.json states the number of threads.
     """
-    threads = torch.get_num_threads()
-    try:
-        for name, options in (("one", {"threads": 1}), ("two", {"threads": 2}), ("other", {"threads": 2, "seed": 1})):
-            simulate(Config(rounds=6, mad_start=3, clients=40, **options), tmp_path / name, dataset=tiny)
-    finally:
-        torch.set_num_threads(threads)
-    one, two, other = (csv_bytes(tmp_path / name) for name in ("one", "two", "other"))
-    assert one == two
-    assert one[0] != other[0] and one[1] != other[1]
-    stated = [json.loads((tmp_path / name / "config.json").read_text())["machine"] for name in ("one", "two")]
-    assert [machine["threads"] for machine in stated] == [1, 2]
+    dataset = part(request.getfixturevalue("real" if kind == "PneumoniaMNIST" else "phantom"))
+    threads = (1, 2, 3, 4, 7, 10) if conftest.FULL else (1, 3)
+    config = Config(rounds=3, mad_start=2, **FEDERATIONS[name])
+    runs = {f"{n} threads": replace(config, threads=n) for n in threads} | {"other": replace(config, seed=1)}
+    found = {folder: simulate(run, tmp_path / folder, dataset=dataset).weights for folder, run in runs.items()}
+    for block in (1, 3, 64) if conftest.FULL else (3,):
+        monkeypatch.setattr(model, "BLOCK", block)
+        found[f"blocks of {block}"] = simulate(config, tmp_path / f"blocks of {block}", dataset=dataset).weights
+    first, other = csv_bytes(tmp_path / "1 threads"), csv_bytes(tmp_path / "other")
+    assert first[0] != other[0] and first[1] != other[1]
+    for folder in found.keys() - {"other"}:
+        assert csv_bytes(tmp_path / folder) == first, folder
+        assert np.array_equal(found[folder], found["1 threads"]), folder
+    stated = [json.loads((tmp_path / f"{n} threads" / "config.json").read_text())["machine"] for n in threads]
+    assert [machine["threads"] for machine in stated] == list(threads)
+
+
+def test_a_federation_is_scored_the_same_by_any_number_of_threads_of_numpy():
+    """numpy's products alone would not be: the negative control may hold on some processors."""
+    W = np.random.default_rng(0).normal(size=(100, 5000))
+    with ThreadpoolController().limit(limits=2, user_api="blas"):
+        two = squared_distances(W)[0]
+    with ThreadpoolController().limit(limits=1, user_api="blas"):
+        one = squared_distances(W)[0]
+    assert np.array_equal(one, two)
 
 
 # ---------------------------------------------------------------- hostile submissions

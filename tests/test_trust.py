@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.spatial
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -458,6 +459,18 @@ def test_a_row_of_any_size_is_far(value, sign, preset, no_warning):
         assert state.active.tolist() == [True, True, True, False]
         assert state.distance[:3].tolist() == pytest.approx([1, 0, 1])
         assert state.spread == pytest.approx(1)
+
+
+def test_the_distances_of_many_clients_are_those_of_double_precision():
+    """A third of the clients lies three times as far out, and one a thousand times."""
+    W = np.random.default_rng(0).normal(size=(300, 9000)).astype(np.float32)
+    W[::3] += 3
+    W[7] *= 1000
+    many, few = squared_distances(W)[0], squared_distances(W[:200])[0]
+    exact = scipy.spatial.distance.cdist(W.astype(float), W.astype(float), "sqeuclidean")
+    np.testing.assert_allclose(few, exact[:200, :200], rtol=1e-12)
+    np.testing.assert_allclose(many, exact, rtol=1e-5)
+    assert not np.allclose(many, exact, rtol=1e-12)  # so this is the other way
 
 
 @pytest.mark.parametrize("size", [1e-300, 1e-170, 1e-100, 1e100, 1e160, 1e300, 2.0**1019])

@@ -97,7 +97,7 @@ def in_threads(function: Callable, parts: Sequence, threads: int) -> list:
     """
     if min(threads, len(parts)) == 1:
         return [function(part) for part in parts]
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         return list(pool.map(function, parts))
 
 
@@ -268,8 +268,8 @@ def train_clients(
     `images` float32 [n, 1, 28, 28] in [-1, 1] and `labels` int64 [n] belong to all clients together and lie on w's
     device. `members[c]` are the numbers of the training images of client c. `rngs[c]` draws their order and the
     dropout. Clients may differ in size: each makes epochs * ceil(size / batch_size) steps with a new Adam, and the last
-    short batch of an epoch is kept. `method` is "stacked" (all clients at once) or "loop" (one by one). Raises
-    ValueError for another method.
+    short batch of an epoch is kept. `method` is "stacked" (blocks of clients at once) or "loop" (one by one). So many
+    `threads` share the clients; the results do not depend on them. Raises ValueError for another method.
     """
     if method not in METHODS:
         raise ValueError(f"method {method!r} is unknown; known: {', '.join(METHODS)}")
@@ -277,18 +277,16 @@ def train_clients(
     size = block_size(len(members), threads, w.device) if stacked else 1
     widths = batch_widths([len(own) for own in members], epochs, batch_size)
 
-    def train(first: int) -> tuple[Tensor, Tensor]:
+    train = partial(train_stacked, widths=widths) if stacked else train_loop
+
+    def train_block(first: int) -> tuple[Tensor, Tensor]:
         block = slice(first, first + size)
         batches = draw_batches(members[block], rngs[block], (size, max(widths)), epochs, batch_size, dropout)
-        return (
-            train_stacked(w, images, labels, lr, *batches, widths)
-            if stacked
-            else train_loop(w, images, labels, lr, *batches)
-        )
+        return train(w, images, labels, lr, *batches)
 
     for width in set(widths) if stacked else ():
         recorded_gradients(size, width, w.device, w.dtype)  # before the threads start
-    W, loss = zip(*in_threads(train, range(0, len(members), size), threads))
+    W, loss = zip(*in_threads(train_block, range(0, len(members), size), threads))
     return torch.cat(W)[: len(members)], torch.cat(loss)[: len(members)]
 
 

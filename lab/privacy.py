@@ -35,7 +35,7 @@ class MembershipInference:
         the training images and the same clients' validation images, which come from the same collection. Each has its
         standard error (bootstrap over images, Efron 1979) and the advantage that chance alone gives.
         """
-        logits = predict(self.clients.send(w), self.images)[: len(self.labels)].double()
+        logits = predict(self.clients.send(w), self.images, self.clients.threads)[: len(self.labels)].double()
         signs = 2 * self.labels - 1  # cross-entropy as a softplus, which stays above 0 for every logit
         losses = F.softplus(signs * (logits[:, 0] - logits[:, 1])).cpu().numpy()
         train, validation, test = np.split(losses, self.ends)

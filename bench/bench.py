@@ -58,17 +58,12 @@ JOBS_RUNS, JOBS_ROUNDS = 4, 250  # of --jobs: runs, and rounds of each
 
 
 def run(rounds: int, dataset: data.Dataset, **options) -> dict:
-    """The content of summary.json of a run that writes its results."""
+    """The content of summary.json of a run that writes its results, and the seconds of `each_round`."""
     with tempfile.TemporaryDirectory() as folder:
-        return madsim.simulate(Config(rounds=rounds, **options), Path(folder) / "run", dataset=dataset).summary
-
-
-def seconds_of(rounds: int, dataset: data.Dataset, **options) -> list[float]:
-    """The seconds of each round of a run that writes its results."""
-    with tempfile.TemporaryDirectory() as folder:
-        madsim.simulate(Config(rounds=rounds, **options), Path(folder) / "run", dataset=dataset)
-        with np.load(Path(folder) / "run" / "checkpoint.npz") as checkpoint:
-            return checkpoint["seconds"].tolist()
+        out = Path(folder) / "run"
+        summary = madsim.simulate(Config(rounds=rounds, **options), out, dataset=dataset).summary
+        with np.load(out / "checkpoint.npz") as checkpoint:
+            return summary | {"each_round": checkpoint["seconds"].tolist()}
 
 
 def timed(function: Callable[[], object]) -> float:
@@ -108,11 +103,13 @@ def parts_of(calls: cProfile.Profile) -> dict[str, float]:
     return seconds
 
 
+def usual_threads() -> int:
+    """The number of threads of a run that asks for none."""
+    return min(model.usable_cores().values())
+
+
 def heading(text: str) -> None:
-    print(
-        f"{platform.machine()}, {min(model.usable_cores().values())} threads, Python {platform.python_version()}, ",
-        end="",
-    )
+    print(f"{platform.machine()}, {usual_threads()} threads, Python {platform.python_version()}, ", end="")
     print(f"torch {torch.__version__.split('+')[0]}; {text}")
 
 
@@ -229,9 +226,9 @@ def bench_busy(turns: int) -> None:
     run(2, dataset)  # warm up
     alone, beside = [], []
     for _ in range(turns):
-        alone.append(seconds_of(BUSY_ROUNDS, dataset))
+        alone.append(run(BUSY_ROUNDS, dataset)["each_round"])
         with busy_programs():
-            beside.append(seconds_of(BUSY_ROUNDS, dataset))
+            beside.append(run(BUSY_ROUNDS, dataset)["each_round"])
     heading(f"{turns} turns of {BUSY_ROUNDS} rounds each: median (range) of all rounds")
     for name, seconds in (("alone", alone), ("beside", beside)):
         print(f"{name:<16} {spread(np.concatenate(seconds).tolist(), 1e3)} ms")
@@ -241,7 +238,7 @@ def bench_busy(turns: int) -> None:
 
 def bench_jobs(turns: int) -> None:
     """Several runs as processes, beside one after another on all cores and on one core."""
-    dataset, cores = data.load("phantom"), min(model.usable_cores().values())
+    dataset, cores = data.load("phantom"), usual_threads()
     several = [Config(rounds=JOBS_ROUNDS, seed=seed) for seed in range(JOBS_RUNS)]
 
     def all_of(jobs: int, threads: int | None) -> float:
@@ -260,8 +257,7 @@ def bench_jobs(turns: int) -> None:
 
 def bench_profile(turns: int) -> None:
     """The operations of one training step of a block of the default round, on one thread."""
-    clients, batch = gather(Config(), data.load("phantom")), 20
-    C, B = model.block_size(len(clients.shares), clients.threads, clients.device), batch
+    C, B = model.block_size(Config.clients, usual_threads(), torch.device("cpu")), Config.batch_size
     W, pick = model.row_of(model.initial_weights(0)).repeat(C, 1), torch.arange(C * B).view(C, B)
     images, labels = torch.rand(C * B, 1, 28, 28), torch.zeros(C * B, dtype=torch.int64)
     step = model.recorded_gradients(C, B, W.device, W.dtype)

@@ -32,11 +32,11 @@ DROPOUT = (0.3, 0.2)  # testbed: after each of them
 # PyTorch's own defaults
 ADAM: dict[str, Any] = dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, amsgrad=False, maximize=False)
 METHODS = ("stacked", "loop")
-BLOCK = 32  # ours, measured: clients that a thread trains at once, at most; more take more memory
-EVALUATED = (4, 28)  # ours, measured: groups, and images per group, that a thread evaluates at once
+BLOCK = 100  # ours, measured: images of all clients that a thread trains at once, at most; more leave its core's cache
+EVALUATED = 140  # ours, measured: images that a thread evaluates at once
 FILLED = 0.1  # ours: the share of the work that may go into filling up short batches
 ALIGNED = 16  # floats: a client's row in training is filled up to a multiple of this, the longest vector of a processor
-RECORDINGS = 8  # ours: recordings that are kept, about 20 MB each; a run needs up to four of them at a time
+RECORDINGS = 8  # ours: recordings that are kept, about 20 MB each; a run mostly needs one or two at a time
 RECORDER = Lock()  # PyTorch can record in one thread at a time
 opened: list[int] = []  # the callers' numbers of threads, one for each open block of `own_modes`
 entered = local()  # per thread of Python: whether it is inside `own_modes`
@@ -225,6 +225,13 @@ SHAPES = {name: parameter.shape for name, parameter in FAST_NETWORK.named_parame
 PARAMETERS = sum(shape.numel() for shape in SHAPES.values())
 
 
+def maxima_pooled(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The numbers of `convolve_pool` in half of the time, for evaluation. Where elements tie, its gradients differ."""
+    z = F.conv2d(x, weight)
+    z = torch.maximum(z[..., ::2, :], z[..., 1::2, :])
+    return torch.relu(torch.maximum(z[..., ::2], z[..., 1::2]) + bias[:, None, None])  # max(z) + b = max(z + b)
+
+
 def parts_of(w: Tensor) -> dict[str, Tensor]:
     """The network's parameters by their names, as views of the weights w [P], which may be filled up at the end."""
     parts = w.split([*(shape.numel() for shape in SHAPES.values()), len(w) - PARAMETERS])
@@ -240,7 +247,15 @@ def row_of(w: Tensor) -> Tensor:
     return F.pad(w, (0, -PARAMETERS % ALIGNED))
 
 
-def logits_of(w: Tensor, images: Tensor, keep: Tensor | None = None) -> Tensor:
+def network_of(w: Tensor, block: Callable[..., Tensor]) -> Network:
+    """The network whose parameters are views of the weights w [P]."""
+    with torch.device("meta"):
+        network = Network(block)
+    network.load_state_dict(parts_of(w), assign=True)
+    return network
+
+
+def logits_of(w: Tensor, images: Tensor, keep: Tensor) -> Tensor:
     """Logits [B, 2] of the fast network with weights w [P]; see `Network`."""
     return functional_call(FAST_NETWORK, parts_of(w), (images, keep))
 
@@ -274,25 +289,27 @@ def train_clients(
     if method not in METHODS:
         raise ValueError(f"method {method!r} is unknown; known: {', '.join(METHODS)}")
     stacked = method == "stacked"
-    size = block_size(len(members), threads, w.device) if stacked else 1
     widths = batch_widths([len(own) for own in members], epochs, batch_size)
-
+    size = block_size(len(members), max(widths), threads, w.device) if stacked else 1
     train = partial(train_stacked, widths=widths) if stacked else train_loop
+    W, loss = w.new_empty(len(members), PARAMETERS), w.new_empty(len(members))
 
-    def train_block(first: int) -> tuple[Tensor, Tensor]:
+    def train_block(first: int) -> None:
         block = slice(first, first + size)
-        batches = draw_batches(members[block], rngs[block], (size, max(widths)), epochs, batch_size, dropout)
-        return train(w, images, labels, lr, *batches)
+        own = members[block]
+        batches = draw_batches(own, rngs[block], (size, max(widths)), epochs, batch_size, dropout)
+        trained, losses = train(w, images, labels, lr, *batches)
+        W[block], loss[block] = trained[: len(own)], losses[: len(own)]
 
     for width in set(widths) if stacked else ():
         recorded_gradients(size, width, w.device, w.dtype)  # before the threads start
-    W, loss = zip(*in_threads(train_block, range(0, len(members), size), threads))
-    return torch.cat(W)[: len(members)], torch.cat(loss)[: len(members)]
+    in_threads(train_block, range(0, len(members), size), threads)
+    return W, loss
 
 
-def block_size(clients: int, threads: int, device: torch.device) -> int:
-    """How many clients a thread trains at once: equal blocks, at most `BLOCK`. A GPU trains all clients at once."""
-    turns = -(-clients // (threads * BLOCK))  # blocks that a thread trains one after another
+def block_size(clients: int, batch: int, threads: int, device: torch.device) -> int:
+    """How many clients a thread trains at once: equal blocks, at most `BLOCK` images. A GPU trains all at once."""
+    turns = -(-clients // (threads * max(1, BLOCK // batch)))  # blocks that a thread trains one after another
     return -(-clients // (threads * turns)) if device.type == "cpu" else clients
 
 
@@ -417,10 +434,8 @@ def train_loop(
     w: Tensor, images: Tensor, labels: Tensor, lr: float, numbers: np.ndarray, keep: np.ndarray
 ) -> tuple[Tensor, Tensor]:
     """Train one client in plain PyTorch, numbers [1, S, B]: the twin of `train_stacked`."""
-    with torch.device("meta"):
-        network = Network().to(w.dtype)
-    network.to_empty(device=w.device)
-    nn.utils.vector_to_parameters(w.clone(), network.parameters())
+    w = w.clone()
+    network = network_of(w, convolve_pool)
     adam = torch.optim.Adam(network.parameters(), lr=lr)
     loss, total = w.new_zeros(1), (numbers >= 0).sum()
     for batch, factors in zip(numbers[0], keep[0]):
@@ -432,39 +447,22 @@ def train_loop(
         batch_loss.backward()
         adam.step()
         loss += batch_loss.detach() * (size / total)
-    return nn.utils.parameters_to_vector(network.parameters()).detach()[None], loss
+    return w[None], loss
 
 
 # ---------------------------------------------------------------- evaluation
 
 
-@lru_cache(RECORDINGS)
-def recorded_logits(device: torch.device, dtype: torch.dtype) -> Callable:
-    """The recorded function from w [P] and the images [G, B, 1, 28, 28] of G groups to logits, without dropout.
-
-    Groups, as in training: MKL's batched products keep their speed, while one long product can lose half of it.
-    """
-    w = torch.zeros(PARAMETERS, device=device, dtype=dtype)
-    return record(vmap(partial(logits_of, keep=None), (None, 0)), w, lay_out(w.new_zeros(1, 1, 28, 28))[0])
-
-
-def lay_out(images: Tensor) -> Tensor:
-    """Images [n, 1, 28, 28] as `predict` takes them: [K, G, B, 1, 28, 28]. Blank images fill up the last part."""
-    size = EVALUATED[0] * EVALUATED[1]
-    blanks = images.new_zeros(-len(images) % size, *images.shape[1:])
-    return batch_innermost(torch.cat([images, blanks]).view(-1, *EVALUATED, *images.shape[1:]))
-
-
 @own_modes()
 def predict(w: Tensor, images: Tensor, threads: int = 1) -> Tensor:
-    """Logits [K * G * B, 2] of weights w [P] on images from `lay_out`. Those after the n-th belong to blank images."""
-    logits = torch.no_grad()(recorded_logits(w.device, w.dtype))
-    return torch.cat(in_threads(partial(logits, w), images.unbind(), threads)).flatten(0, 1)
+    """Logits [n, 2] of weights w [P] on images float32 [n, 1, 28, 28], without dropout."""
+    logits = torch.no_grad()(network_of(w, maxima_pooled).forward)
+    return torch.cat(in_threads(logits, images.split(EVALUATED), threads))
 
 
 def evaluate(w: Tensor, images: Tensor, labels: Tensor) -> dict[str, float]:
     """The `metrics` of weights w [P] on images float32 [n, 1, 28, 28] with labels int64 [n]."""
-    return metrics(predict(w, lay_out(images))[: len(labels)], labels)
+    return metrics(predict(w, images), labels)
 
 
 def metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
@@ -473,17 +471,18 @@ def metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
     Sensitivity is the share of pneumonia found, specificity the share of normal found, auc the area under the ROC
     curve. A value is NaN if its class is absent or the logits are not finite.
     """
-    from sklearn.metrics import roc_auc_score
+    from scipy.stats import mannwhitneyu
 
     margin, truth = (logits[:, 1] - logits[:, 0]).cpu().numpy(), labels.cpu().numpy() == 1
     right = (margin > 0) == truth
-    both = truth.any() and not truth.all()
+    if both := truth.any() and not truth.all() and np.isfinite(margin).all():
+        greater = mannwhitneyu(margin[truth], margin[~truth], method="asymptotic").statistic  # pairs, of all pairs
     return {
         "loss": F.cross_entropy(logits, labels).item(),
         "accuracy": float(right.mean()),
         "sensitivity": float(right[truth].mean()) if truth.any() else float("nan"),
         "specificity": float(right[~truth].mean()) if not truth.all() else float("nan"),
-        "auc": float(roc_auc_score(truth, margin)) if both and np.isfinite(margin).all() else float("nan"),
+        "auc": float(greater / truth.sum() / (~truth).sum()) if both else float("nan"),
     }
 
 
@@ -535,7 +534,7 @@ class Clients:
         test_images, self.test_labels = self.tensors(*test)
         self.own = np.concatenate([share.validation for share in shares])
         self.owner = np.repeat(np.arange(len(shares)), [len(share.validation) for share in shares])
-        self.evaluated = lay_out(torch.cat([test_images, self.images[self.own]]))
+        self.evaluated = torch.cat([test_images, self.images[self.own]])
 
     def tensors(self, images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
         """The images [n, 1, 28, 28], scaled to [-1, 1] as in the testbed, and the labels [n], on the device."""
@@ -563,6 +562,8 @@ class Clients:
             rng = np.random.default_rng([self.seed, t, 2])
             with own_modes():
                 W[bad] = self.submit(W[bad], self.send(w), W[~bad], rng)
+        if asked.all():
+            return W.cpu().numpy()
         submitted = np.full((len(asked), W.shape[1]), np.nan, np.float32)
         submitted[asked] = W.cpu().numpy()
         return submitted
@@ -571,7 +572,7 @@ class Clients:
         """Loss [C] and accuracy [C] on the clients' own validation data in round t, and the metrics on the test set."""
         with own_modes():
             logits, n = predict(self.send(w), self.evaluated, self.threads), len(self.test_labels)
-            test, own = logits[:n], logits[n : n + len(self.own)]
+            test, own = logits[:n], logits[n:]
             return *metrics_by_client(own, self.labels_in(t)[self.own], self.owner), metrics(test, self.test_labels)
 
     def labels_in(self, t: int) -> Tensor:

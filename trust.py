@@ -25,7 +25,8 @@ from threadpoolctl import ThreadpoolController
 LLOYD_STEPS = 300  # the most steps, as in scikit-learn
 LARGEST = 1e145  # ours: of a scaled weight. The squares of a million such weights have a finite sum.
 ALIKE = 16  # ours: rows whose first weights differ are not compared any further
-MANY, COLUMNS = 256, 4096  # ours: with 1000 rows, the products take half of the time in single precision
+MANY = 256  # ours: with so many rows, products take half of the time in single precision
+COLUMNS = 2048  # ours, measured: of the rows whose products are summed at once
 SMALLER = 2.0**-64  # ours: a sum of weights that overflows is taken of weights so much smaller
 
 BLAS = RLock()  # the number of threads of numpy's products belongs to the whole process
@@ -161,16 +162,18 @@ def initial_state(clients: int) -> State:
 # ---------------------------------------------------------------- d: the normalised distance
 
 
-def scaled(W: Array) -> tuple[Array, float]:
+def scaled(W: Array, kind: type[np.floating] | None = None) -> tuple[Array, float]:
     """W [n, P] in a unit in which no square of a weight overflows or vanishes, and this unit.
+
+    Squares are computed in the precision `kind` (None: that of W).
 
     The unit is 1 for usual weights. They are returned as they are, in single or double precision. Otherwise the unit is
     a power of two, so nothing is rounded. It is near the largest weight of the median row, and weights above `LARGEST`
     units are cut off: a hostile row can't take the precision of the others.
     """
     W = W if W.dtype == np.float32 else np.asarray(W, np.float64)
-    sizes, kind = np.maximum(W.max(1), -W.min(1)), np.finfo(W.dtype)  # [n]
-    if ((sizes == 0) | ((sizes > kind.tiny**0.4) & (sizes < kind.max**0.4))).all():
+    sizes, limits = np.maximum(W.max(1), -W.min(1)).astype(np.float64), np.finfo(kind or W.dtype)  # [n]
+    if ((sizes == 0) | ((sizes > limits.tiny**0.4) & (sizes < limits.max**0.4))).all():
         return W, 1.0
     sizes = np.sort(sizes)
     _, exponent = frexp(sizes[len(sizes) // 2] or sizes[-1])
@@ -204,13 +207,16 @@ def squared_distances(W: Array) -> tuple[Array, float]:
     one submission of 1e30 would round away the differences between the others. With more than `MANY` rows, products of
     `COLUMNS` columns are taken in the precision of W; their sum is always in double precision.
     """
-    W, unit = scaled(W if len(W) > MANY else W.astype(np.float64))
-    norms = np.einsum("np,np->n", W, W)
-    W = W - W[np.argsort(norms, kind="stable")[len(W) // 2]]
+    precision = None if len(W) > MANY else np.float64
+    W, unit = scaled(W, precision)
+    kind: Any = precision or W.dtype
+    norms = np.einsum("np,np->n", W, W, dtype=kind)
+    middle = np.argsort(norms, kind="stable")[len(W) // 2]
     gram = np.zeros((len(W), len(W)))
     with one_thread():
         for first in range(0, W.shape[1], COLUMNS):
-            part = W[:, first : first + COLUMNS]
+            part = W[:, first : first + COLUMNS].astype(kind)
+            part -= part[middle].copy()
             gram += part @ part.T
     squares = np.diag(gram)
     distances = np.maximum(squares[:, None] + squares - 2 * gram, 0)
@@ -354,7 +360,8 @@ def mad_step(W: Array, state: State, t: int, mad_start: int | None, settings: Se
         raise FloatingPointError(f"round {t}: every client's weights are NaN or infinite, nobody is left to average")
 
     distance, d, reputation, trust = (np.full(len(W), np.nan) for _ in range(4))
-    distance[finite], d[finite], spread = normalised_distance(W[finite], state.spread, settings)
+    scored = W if finite.all() else W[finite]  # a copy of many rows takes its time
+    distance[finite], d[finite], spread = normalised_distance(scored, state.spread, settings)
     known = ~np.isnan(state.reputation)
     reputation[finite] = initial_reputation(d[finite])
     again = finite & known
@@ -388,7 +395,7 @@ def mean(W: Array, weights: Array, f: int) -> Array:
 
     W [n, P] are the models and `weights` [n] the numbers of training images. f is not used.
     """
-    return without_overflow(lambda W: np.average(W, axis=0, weights=weights), W)
+    return without_overflow(lambda W: np.einsum("n,np->p", weights, W) / weights.sum(), W)
 
 
 def without_overflow(average: Callable[[Array], Array], W: Array) -> Array:

@@ -257,7 +257,8 @@ def bench_jobs(turns: int) -> None:
 
 def bench_profile(turns: int) -> None:
     """The operations of one training step of a block of the default round, on one thread."""
-    C, B = model.block_size(Config.clients, usual_threads(), torch.device("cpu")), Config.batch_size
+    B = Config.batch_size
+    C = model.block_size(Config.clients, B, usual_threads(), torch.device("cpu"))
     W, pick = model.row_of(model.initial_weights(0)).repeat(C, 1), torch.arange(C * B).view(C, B)
     images, labels = torch.rand(C * B, 1, 28, 28), torch.zeros(C * B, dtype=torch.int64)
     step = model.recorded_gradients(C, B, W.device, W.dtype)

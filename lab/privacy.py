@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from scipy.stats import bootstrap, ks_2samp
 from torch import cat
 
-from model import Clients, lay_out, predict
+from model import Clients, predict
 
 RESAMPLES = 100  # ours: bootstrap samples; the standard error is then known to about 7 %
 
@@ -23,8 +23,8 @@ class MembershipInference:
         for kind, count in (("validation", len(validation)), ("test", len(clients.test_labels))):
             if count < 2:
                 raise ValueError(f"membership can't be measured with {count} {kind} image; it needs two or more")
-        own, test = np.concatenate([train, validation]), clients.evaluated.flatten(0, 2)[: len(clients.test_labels)]
-        self.images = lay_out(cat([clients.images[own], test]))
+        own, test = np.concatenate([train, validation]), clients.evaluated[: len(clients.test_labels)]
+        self.images = cat([clients.images[own], test])
         self.labels = cat([clients.labels[own], clients.test_labels])
         self.ends = [len(train), len(own)]  # where the training images end, and the validation images
 
@@ -35,7 +35,7 @@ class MembershipInference:
         the training images and the same clients' validation images, which come from the same collection. Each has its
         standard error (bootstrap over images, Efron 1979) and the advantage that chance alone gives.
         """
-        logits = predict(self.clients.send(w), self.images, self.clients.threads)[: len(self.labels)].double()
+        logits = predict(self.clients.send(w), self.images, self.clients.threads).double()
         signs = 2 * self.labels - 1  # cross-entropy as a softplus, which stays above 0 for every logit
         losses = F.softplus(signs * (logits[:, 0] - logits[:, 1])).cpu().numpy()
         train, validation, test = np.split(losses, self.ends)

@@ -23,7 +23,6 @@ SHORT = Config(rounds=2, mad_start=2, clients=4, threads=1, malicious=0.25, atta
 def unrecorded():
     """Nothing is recorded, as in a new process."""
     model.recorded_gradients.cache_clear()
-    model.recorded_logits.cache_clear()
 
 
 def assert_equal(one: Result, other: Result) -> None:
@@ -65,7 +64,6 @@ def test_an_interruption_while_pytorch_records_leaves_nothing_half_done(small, m
     right = simulate(SHORT, dataset=small)
     for part in ("make_fx", "functional_call"):
         model.recorded_gradients.cache_clear()
-        model.recorded_logits.cache_clear()
         plain = getattr(model, part)
 
         def interrupted(*arguments, plain=plain, part=part):
@@ -159,7 +157,6 @@ def test_what_the_caller_has_set_in_pytorch_changes_no_number(setting, method, s
     with SET[setting]():
         assert_equal(simulate(config, dataset=small), right)
         model.recorded_gradients.cache_clear()  # a recording that is made in this mode is right, too
-        model.recorded_logits.cache_clear()
         assert_equal(simulate(config, dataset=small), right)
 
 
@@ -206,7 +203,7 @@ def test_a_lower_precision_of_products_is_refused(small, monkeypatch):
 
 
 def test_recordings_of_many_sizes_are_not_all_kept():
-    assert model.recorded_gradients.cache_info().maxsize == model.recorded_logits.cache_info().maxsize == 8
+    assert model.recorded_gradients.cache_info().maxsize == 8
 
 
 @pytest.mark.slow

@@ -615,9 +615,10 @@ def test_runs_of_one_seed_differ_in_nothing_but_their_threads(name, kind, reques
     config = Config(rounds=3, mad_start=2, **FEDERATIONS[name])
     runs = {f"{n} threads": replace(config, threads=n) for n in threads} | {"other": replace(config, seed=1)}
     found = {folder: simulate(run, tmp_path / folder, dataset=dataset).weights for folder, run in runs.items()}
-    for block in (1, 3, 64) if conftest.FULL else (3,):
+    for block in (1, 60, 1280) if conftest.FULL else (60,):
         monkeypatch.setattr(model, "BLOCK", block)
-        found[f"blocks of {block}"] = simulate(config, tmp_path / f"blocks of {block}", dataset=dataset).weights
+        folder = f"blocks of {block} images"
+        found[folder] = simulate(config, tmp_path / folder, dataset=dataset).weights
     first, other = csv_bytes(tmp_path / "1 threads"), csv_bytes(tmp_path / "other")
     assert first[0] != other[0] and first[1] != other[1]
     for folder in found.keys() - {"other"}:

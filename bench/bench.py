@@ -19,6 +19,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -273,26 +275,36 @@ def bench_profile(turns: int) -> None:
         print(f"{event.key:<28} {event.count // turns:4d} x   {share * total / turns / 1e3:6.2f} ms   {share:6.1%}")
 
 
-def bench_flower(turns: int) -> None:
-    """The work of a round on Flower's simulation engine, with madsim's round before and after it."""
+def beside(turns: int, name: str, module: str, package: str, needs: str) -> None:
+    """A round of another system, with madsim's before and after it. The first round of each is told by itself."""
     try:
-        from flower_round import seconds_per_round
+        seconds = import_module(module).seconds_per_round
     except ImportError as error:
-        sys.exit(f"bench: Flower's simulation engine is not installed ({error}); pip install 'flwr[simulation]'")
-    from importlib.metadata import version
-
+        sys.exit(f"bench: {name} is not installed ({error}); pip install '{needs}'")
     dataset = data.load("phantom")
-    ours = [run(turns, dataset)["seconds_per_round"]]
-    flower = seconds_per_round(turns)[1:]  # the processes of Flower start in the first round
-    ours.append(run(turns, dataset)["seconds_per_round"])
-    heading(f"flwr {version('flwr')}, ray {version('ray')}; median (range) of {len(flower)} rounds")
-    print(f"flower           {spread(flower, 1e3)} ms")
-    print(f"madsim           {spread(ours, 1e3)} ms, {turns} rounds before and {turns} after")
-    print(f"flower / madsim  {statistics.median(flower) / statistics.median(ours):8.1f}")
+    first, *ours = run(turns + 1, dataset)["each_round"]
+    theirs_first, *theirs = seconds(turns + 1)
+    ours += run(turns + 1, dataset)["each_round"][1:]
+    heading(
+        f"{package} {version(package)}; median (range) of {turns} rounds of {name}, {turns} of madsim before and after"
+    )
+    for who, each, start in ((name, theirs, theirs_first), ("madsim", ours, first)):
+        print(f"{who:<16} {spread(each, 1e3)} ms; the first round {start:.1f} s")
+    print(f"{name + ' / madsim':<16} {statistics.median(theirs) / statistics.median(ours):8.2f}")
+
+
+def bench_flower(turns: int) -> None:
+    """The work of a round on Flower's simulation engine, beside madsim's round."""
+    beside(turns, "Flower", "flower_round", "flwr", "flwr[simulation]")
+
+
+def bench_jax(turns: int) -> None:
+    """The work of a round in JAX, written by hand, beside madsim's round."""
+    beside(turns, "JAX", "jax_round", "jax", "jax")
 
 
 def main() -> None:
-    measurements = (bench_run, bench_busy, bench_scale, bench_jobs, bench_profile, bench_flower)
+    measurements = (bench_run, bench_busy, bench_scale, bench_jobs, bench_profile, bench_flower, bench_jax)
     about = {function: (function.__doc__ or "-").splitlines()[0] for function in (bench_round, *measurements)}
     parser = argparse.ArgumentParser(description=about[bench_round])
     several = parser.add_mutually_exclusive_group()

@@ -35,7 +35,7 @@ def weights_of(arrays: ArrayRecord) -> torch.Tensor:
 
 
 def seconds_per_round(rounds: int) -> list[float]:
-    """The seconds of each round, without the start before the first."""
+    """The seconds of each round. Flower starts its processes in the first."""
     client_app, server_app, marks = ClientApp(), ServerApp(), []
 
     @client_app.train()

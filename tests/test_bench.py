@@ -2,13 +2,16 @@
 
 import cProfile
 import json
-from importlib.util import find_spec
+import sys
 
+import numpy as np
 import pytest
 import torch
+from conftest import HERE
 
 from bench import bench
 from madsim import Config, gather
+from model import DROPOUT, draw_batches, evaluate, initial_weights, parts_of, train_clients
 
 
 @pytest.mark.slow
@@ -49,7 +52,36 @@ def test_the_profile_lists_the_matrix_products(capsys):
     assert any(line.startswith("aten::bmm") and "14 x" in line for line in lines)
 
 
-@pytest.mark.skipif(find_spec("flwr") is not None, reason="Flower is installed")
-def test_without_flower_it_says_what_to_install():
-    with pytest.raises(SystemExit, match=r"pip install 'flwr\[simulation\]'"):
-        bench.bench_flower(1)
+@pytest.mark.slow
+def test_the_round_in_jax_trains_and_evaluates_as_ours(phantom):
+    """After 6 steps of 3 clients with short batches, weights agree to a thousandth of their change."""
+    jax_round = pytest.importorskip("bench.jax_round", reason="JAX is not installed", exc_type=ImportError)
+    c, w, members = gather(Config(), phantom), initial_weights(0), np.split(np.arange(136), [50, 91])
+    rngs = [[np.random.default_rng(client) for client in range(3)] for _ in range(2)]
+    expected, _ = train_clients(w, c.images, c.labels, members, rngs[0], epochs=2)
+    batches = draw_batches(members, rngs[1], (3, 20), 2, 20, DROPOUT)
+    parameters = {name: part.numpy() for name, part in parts_of(w).items()}
+    trained = jax_round.train(parameters, c.images[:, 0].numpy(), c.labels.numpy(), *batches, 1e-3)
+    for name, part in parts_of(w).items():
+        ours = torch.stack([parts_of(row)[name] for row in expected])
+        change = (ours - part).norm()
+        assert change > 0 and (torch.from_numpy(np.array(trained[name])) - ours).norm() < 1e-3 * change
+
+    images = c.evaluated[: 2 * jax_round.PART]
+    loss, right = jax_round.evaluate(
+        parameters, images.view(2, -1, 28, 28).numpy(), c.test_labels[: len(images)].numpy()
+    )
+    metrics = evaluate(w, images, c.test_labels[: len(images)])
+    assert np.mean(loss) == pytest.approx(metrics["loss"], rel=1e-5)
+    assert np.mean(right) == pytest.approx(metrics["accuracy"])
+
+
+@pytest.mark.parametrize(
+    ("measure", "package", "needs"),
+    [(bench.bench_flower, "flwr", r"flwr\[simulation\]"), (bench.bench_jax, "jax", "jax")],
+)
+def test_without_the_other_system_it_says_what_to_install(measure, package, needs, monkeypatch):
+    monkeypatch.syspath_prepend(HERE / "bench")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit, match=f"pip install '{needs}'"):
+        measure(1)

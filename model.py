@@ -372,9 +372,9 @@ def batch_losses(
 def record(function: Callable, *arguments: Tensor) -> Callable:
     """Record the operations that the function runs for arguments of these shapes; every step replays them.
 
-    vmap and autograd walk through the network in Python, which takes longer than the arithmetic. Without TorchScript
-    the recording would be about 20 % slower. This is what torch.jit.trace does, but PyTorch would keep its result for
-    ever: 10 to 20 MB for each size.
+    vmap and autograd walk through the network in Python, which takes longer than the arithmetic. TorchScript replays
+    the recording without Python. A PyTorch that no longer has it replays the same operations, more slowly. The two
+    calls of torch._C are what torch.jit.trace does, but that would keep its result for ever: 10 to 20 MB for each size.
 
     A new thread does the work: Ctrl-C does not reach it, and the caller's modes of PyTorch, such as autocast, do not
     apply in it. An interrupted recording would leave PyTorch's own state behind half changed.
@@ -383,6 +383,8 @@ def record(function: Callable, *arguments: Tensor) -> Callable:
     def trace() -> Callable:
         with RECORDER, torch.no_grad(), torch.autograd.set_detect_anomaly(False):
             operations = make_fx(function)(*arguments)
+            if not hasattr(torch._C, "_create_graph_by_tracing"):
+                return operations
             graph, _ = torch._C._create_graph_by_tracing(operations, arguments, lambda value: "", True, False, None, [])
             return torch._C._create_function_from_graph("recorded", graph)
 

@@ -8,6 +8,7 @@ import sys
 import time
 import types
 import warnings
+from dataclasses import replace
 
 import joblib
 import pandas as pd
@@ -23,6 +24,7 @@ from lab.attacks import ATTACKS
 from lab.experiments import EXPERIMENTS
 from lab.partitions import PARTITIONS
 from lab.rules import RULES
+from madsim import Config, simulate
 from trust import PRESETS
 
 
@@ -41,13 +43,18 @@ def test_a_client_that_submits_nan_is_out_at_once_and_named(small, tmp_path, qui
 
 
 @pytest.mark.slow
-def test_several_mad_starts_and_seeds_make_several_runs(quick, tmp_path, capsys):
+def test_several_mad_starts_and_seeds_make_several_runs(small, quick, tmp_path, capsys):
+    """A run is the same to the byte alone and as one of several, with other threads."""
     words = "--rounds 3 --mad-start 1 2 never --seeds 2 --dataset phantom --clients 4 --malicious 0.25 --jobs 2"
     assert main([*words.split(), "--out", str(tmp_path)]) == 0
     names = {f"{mad}-rounds3-clients4-malicious0.25-phantom-s{s}" for mad in ("mad1", "mad2", "nomad") for s in (0, 1)}
     assert {path.name for path in tmp_path.iterdir()} == names | {"table.csv"}
     threads = {json.loads((tmp_path / n / "config.json").read_text())["machine"]["threads"] for n in names}
     assert threads == {max(1, os.cpu_count() // 2)}  # the processes share the cores
+    one = tmp_path / max(names)
+    simulate(replace(Config.read(one), threads=3), tmp_path / "alone", dataset=small)
+    for table in ("rounds", "clients", "plane"):
+        assert (one / f"{table}.csv").read_bytes() == (tmp_path / "alone" / f"{table}.csv").read_bytes()
     assert "6 runs, 18 rounds in all" in capsys.readouterr().out
 
 

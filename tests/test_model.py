@@ -209,6 +209,17 @@ def test_every_image_is_used_once_an_epoch():
     assert (numbers[0, :4] != numbers[0, 4:]).any()  # every epoch has its own order
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_pytorch_without_torchscript_gives_the_same_bytes(images, labels, monkeypatch, threads):
+    right = train(images, labels, (50, 31, 20), threads=threads)
+    model.recorded_gradients.cache_clear()
+    monkeypatch.delattr(torch._C, "_create_graph_by_tracing")
+    monkeypatch.delattr(torch._C, "_create_function_from_graph")
+    found = train(images, labels, (50, 31, 20), threads=threads)
+    model.recorded_gradients.cache_clear()
+    assert torch.equal(found[0], right[0]) and torch.equal(found[1], right[1])
+
+
 def test_an_unknown_method_lists_the_known(images, labels):
     with pytest.raises(ValueError, match="'fast' is unknown; known: stacked, loop"):
         train(images, labels, (20,), "fast")

@@ -608,7 +608,7 @@ FEDERATIONS = {
 def test_runs_of_one_seed_differ_in_nothing_but_their_threads(name, kind, request, monkeypatch, tmp_path):
     """Any number of threads, and blocks of any size, give the same bytes and weights. Another seed gives others.
 
-    config.json states the number of threads.
+    So does a run that goes on with another number of threads. config.json states the number of threads.
     """
     dataset = part(request.getfixturevalue("real" if kind == "PneumoniaMNIST" else "phantom"))
     threads = (1, 2, 3, 4, 7, 10) if conftest.FULL else (1, 3)
@@ -619,6 +619,8 @@ def test_runs_of_one_seed_differ_in_nothing_but_their_threads(name, kind, reques
         monkeypatch.setattr(model, "BLOCK", block)
         folder = f"blocks of {block} images"
         found[folder] = simulate(config, tmp_path / folder, dataset=dataset).weights
+    simulate(replace(config, rounds=2, threads=2), tmp_path / "resumed", dataset=dataset)
+    found["resumed"] = simulate(replace(config, threads=3), tmp_path / "resumed", dataset=dataset, resume=True).weights
     first, other = csv_bytes(tmp_path / "1 threads"), csv_bytes(tmp_path / "other")
     assert first[0] != other[0] and first[1] != other[1]
     for folder in found.keys() - {"other"}:

@@ -28,6 +28,7 @@ import numpy as np
 import data
 from harness import plugins
 from harness.folder import identity, read_json
+from harness.jobs import usable_cores
 from harness.log import Log
 from lab.attacks import ATTACKS, Attack
 from lab.partitions import PARTITIONS
@@ -100,7 +101,7 @@ def gather(config: "Config", dataset: data.Dataset):
     return import_model().Clients(
         (dataset.train_images, dataset.train_labels, attacked), (dataset.test_images, dataset.test_labels), shares,
         seed=c.seed, attacking=c.attacking, submit=attack.submissions, device=c.device, threads=c.threads,
-        epochs=c.epochs, batch_size=c.batch_size, lr=c.lr, method=c.method,
+        cores=usable_cores(), epochs=c.epochs, batch_size=c.batch_size, lr=c.lr, method=c.method,
     )  # fmt: skip
 
 
@@ -140,7 +141,7 @@ class Config:
     seed: int = setting(0, "determines everything random", "ours", low=0, high=2**63 - 1)
     device: str = setting("auto", "auto: cuda if the machine has it, else cpu", "ours", choices=("auto", "cpu", "cuda"))
     threads: int | None = setting(
-        None, "threads per run (default: all cores, shared by parallel runs)", "ours", low=1, high=1024
+        None, "threads per run (default: one per core, shared by parallel runs)", "ours", low=1, high=1024
     )
     settings: Settings = field(default=PRESETS["paper"], metadata={"help": "MAD's settings"})
 

@@ -77,20 +77,8 @@ def callers_threads() -> int:
     return opened[0] if opened else torch.get_num_threads()
 
 
-def usable_cores() -> dict[str, int]:
-    """The numbers of cores that this process may use. A run uses as many threads as the smallest says.
-
-    `usable` follows from the CPU affinity of the process and the quota of its container (cgroup). `physical` are the
-    physical ones among these: two threads on one core share its arithmetic. `pytorch` is PyTorch's own number, which
-    OMP_NUM_THREADS or the caller may have set.
-    """
-    from joblib import cpu_count
-
-    return {"usable": cpu_count(), "physical": cpu_count(only_physical_cores=True), "pytorch": callers_threads()}
-
-
 def in_threads(function: Callable, parts: Sequence, threads: int) -> list:
-    """The function's results for all parts. So many threads work on them, each with one thread of PyTorch.
+    """The function's results for all parts. `threads` threads share the parts, each with one thread of PyTorch.
 
     The threads meet once, at the end. With PyTorch's own threads they would meet at the end of each small operation,
     so that one late thread delays all, some 300 times in a step of training.
@@ -283,8 +271,8 @@ def train_clients(
     `images` float32 [n, 1, 28, 28] in [-1, 1] and `labels` int64 [n] belong to all clients together and lie on w's
     device. `members[c]` are the numbers of the training images of client c. `rngs[c]` draws their order and the
     dropout. Clients may differ in size: each makes epochs * ceil(size / batch_size) steps with a new Adam, and the last
-    short batch of an epoch is kept. `method` is "stacked" (blocks of clients at once) or "loop" (one by one). So many
-    `threads` share the clients; the results do not depend on them. Raises ValueError for another method.
+    short batch of an epoch is kept. `method` is "stacked" (blocks of clients at once) or "loop" (one by one). `threads`
+    threads share the clients; their number changes no result. Raises ValueError for another method.
     """
     if method not in METHODS:
         raise ValueError(f"method {method!r} is unknown; known: {', '.join(METHODS)}")
@@ -316,8 +304,8 @@ def block_size(clients: int, batch: int, threads: int, device: torch.device) -> 
 def batch_widths(sizes: Sequence[int], epochs: int, batch_size: int) -> list[int]:
     """The room for images in each step, from the clients' numbers of images: enough for the batch of every client.
 
-    It does not depend on the blocks, so the results of a client do not either. Each new width has to be recorded.
-    So there is full room in all steps, unless this makes more than `FILLED` of the work.
+    It does not depend on the blocks, so the results of a client do not either. Each new width has to be recorded. So
+    all steps have the same width, unless filling up short batches would be more than `FILLED` of the work.
     """
     n = np.array(sizes)[:, None]  # [C, 1]
     full = min(batch_size, n.max())
@@ -421,22 +409,22 @@ def train_stacked(
     # The moments and the step count of Adam
     mean, square = torch.zeros_like(W), torch.zeros_like(W)
     count = torch.zeros((), dtype=torch.float32, device=w.device)
-    trained, losses = w.new_empty(len(W), PARAMETERS), []
+    trained, total = w.new_empty(len(W), PARAMETERS), w.new_zeros(len(W))
     for s, B in enumerate(widths[: sizes.shape[1]]):
         gradients = recorded_gradients(len(W), B, W.device, W.dtype)
         gradient, loss = gradients(W, images, labels, picks[:, s, :B], shares[:, s, :B], keeps[:, s, :B])
         adam([W], [gradient], [mean], [square], [], [count], lr=lr, fused=True, **ADAM)
-        losses.append(loss)
+        total = total + loss * portions[:, s]  # one by one: the block's number of steps must not change the rounding
         done = np.flatnonzero(last == s)  # these clients have no more batches; later steps do not matter
         trained[done] = W[done, :PARAMETERS]
-    return trained, (torch.stack(losses, 1) * portions).sum(1)
+    return trained, total
 
 
 def train_loop(
     w: Tensor, images: Tensor, labels: Tensor, lr: float, numbers: np.ndarray, keep: np.ndarray
 ) -> tuple[Tensor, Tensor]:
     """Train one client in plain PyTorch, numbers [1, S, B]: the twin of `train_stacked`."""
-    w = w.clone()
+    w = w.detach().clone()
     network = network_of(w, convolve_pool)
     adam = torch.optim.Adam(network.parameters(), lr=lr)
     loss, total = w.new_zeros(1), (numbers >= 0).sum()
@@ -458,7 +446,8 @@ def train_loop(
 @own_modes()
 def predict(w: Tensor, images: Tensor, threads: int = 1) -> Tensor:
     """Logits [n, 2] of weights w [P] on images float32 [n, 1, 28, 28], without dropout."""
-    logits = torch.no_grad()(network_of(w, maxima_pooled).forward)
+    network = network_of(w.clone(), maxima_pooled)  # the caller may have made w in inference mode
+    logits = torch.no_grad()(network.forward)
     return torch.cat(in_threads(logits, images.split(EVALUATED), threads))
 
 
@@ -475,7 +464,7 @@ def metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """
     from scipy.stats import mannwhitneyu
 
-    margin, truth = (logits[:, 1] - logits[:, 0]).cpu().numpy(), labels.cpu().numpy() == 1
+    margin, truth = (logits[:, 1] - logits[:, 0]).double().cpu().numpy(), labels.cpu().numpy() == 1
     right = (margin > 0) == truth
     if both := truth.any() and not truth.all() and np.isfinite(margin).all():
         greater = mannwhitneyu(margin[truth], margin[~truth], method="asymptotic").statistic  # pairs, of all pairs
@@ -504,8 +493,9 @@ class Clients:
 
     `train` is the images uint8 [n, 28, 28], their labels int64 [n], and the labels under attack. `test` is the test
     images and labels. `shares` has one data.Share per client. `attacking(t)` says whether the malicious clients attack
-    in round t, and `submit(W [m, P], w [P], honest [h, P], rng)` is what they then submit. `training` are the options
-    of `train_clients`. Raises ValueError for the device cuda on a machine without one.
+    in round t, and `submit(W [m, P], w [P], honest [h, P], rng)` is what they then submit. `threads` is the number of
+    threads (None: the smallest of the numbers of `cores` and of PyTorch's own number). `training` are the options of
+    `train_clients`. Raises ValueError for the device cuda on a machine without one.
     """
 
     @own_modes()
@@ -520,12 +510,13 @@ class Clients:
         submit: Callable[[Tensor, Tensor, Tensor, np.random.Generator], Tensor],
         device: str,
         threads: int | None,
+        cores: dict[str, int],
         **training: Any,
     ):
         self.shares, self.seed, self.training = shares, seed, training
         self.attacking, self.submit = attacking, submit
         self.device = pick_device(device)
-        self.cores = usable_cores()
+        self.cores = cores | {"pytorch": callers_threads()}  # OMP_NUM_THREADS or the caller may have set it
         self.threads = threads or min(self.cores.values())
         self.malicious = np.array([share.malicious for share in shares])  # [C]
         self.sizes = np.array([len(share.train) for share in shares])  # [C]

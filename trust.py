@@ -15,7 +15,7 @@ from math import frexp
 from numbers import Integral, Real
 from os import PathLike, fspath
 from sys import float_info
-from threading import RLock
+from threading import Lock
 from typing import Any, get_args
 
 import numpy as np
@@ -27,9 +27,11 @@ LARGEST = 1e145  # ours: of a scaled weight. The squares of a million such weigh
 ALIKE = 16  # ours: rows whose first weights differ are not compared any further
 MANY = 256  # ours: with so many rows, products take half of the time in single precision
 COLUMNS = 2048  # ours, measured: of the rows whose products are summed at once
+DROWNED = 1e-2  # ours: in single precision a squared distance is right to about 1e-6 of those from the middle row
 SMALLER = 2.0**-64  # ours: a sum of weights that overflows is taken of weights so much smaller
 
-BLAS = RLock()  # the number of threads of numpy's products belongs to the whole process
+OPEN: list[Any] = []  # what limits the threads of products, once for each open block of `one_thread`
+COUNTING = Lock()  # the limit belongs to the whole process, so the first block sets it and the last one removes it
 
 Array = NDArray[np.floating]
 TAKEN: dict[Any, Any] = {int: Integral, float: Real, str: (str, PathLike)}  # what a setting's type includes
@@ -190,13 +192,22 @@ def unscaled(values: Any, unit: float) -> Any:
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Inside the block numpy's products use one thread: with several, the last digits depend on their number."""
-    with BLAS, products().limit(limits=1, user_api="blas"):
+    with COUNTING:
+        OPEN.append(OPEN[0] if OPEN else products().limit(limits=1, user_api="blas"))
+    try:
         yield
+    finally:
+        with COUNTING:
+            limit = OPEN.pop()
+            if not OPEN:
+                limit.restore_original_limits()
 
 
 @cache
 def products() -> ThreadpoolController:
-    """What controls the threads of numpy's products. Finding it takes some milliseconds."""
+    """What controls the threads of numpy's and scipy's products. Finding it takes some milliseconds."""
+    import scipy.linalg  # noqa: F401  (only what is loaded is found)
+
     return ThreadpoolController()
 
 
@@ -205,13 +216,21 @@ def squared_distances(W: Array) -> tuple[Array, float]:
 
     They are computed from the rows' Gram matrix. The row of median norm is subtracted from all rows first. Otherwise
     one submission of 1e30 would round away the differences between the others. With more than `MANY` rows, products of
-    `COLUMNS` columns are taken in the precision of W; their sum is always in double precision.
+    `COLUMNS` columns are taken in the precision of W, unless most rows are so far from that row that rounding could
+    reach their distances. The sum of the products is always in double precision.
     """
-    precision = None if len(W) > MANY else np.float64
-    W, unit = scaled(W, precision)
-    kind: Any = precision or W.dtype
+    W, unit = scaled(W, None if len(W) > MANY else np.float64)
+    kind: Any = W.dtype if len(W) > MANY else np.float64
     norms = np.einsum("np,np->n", W, W, dtype=kind)
     middle = np.argsort(norms, kind="stable")[len(W) // 2]
+    distances = distances_around(W, middle, kind)
+    if kind == np.float32 and np.median(distances) < DROWNED * np.median(distances[middle]):
+        distances = distances_around(W, middle, np.float64)
+    return distances, unit
+
+
+def distances_around(W: Array, middle: np.intp, kind: Any) -> Array:
+    """Squared distances [n, n] of the rows of W [n, P] from products in the precision `kind`, around row `middle`."""
     gram = np.zeros((len(W), len(W)))
     with one_thread():
         for first in range(0, W.shape[1], COLUMNS):
@@ -221,7 +240,7 @@ def squared_distances(W: Array) -> tuple[Array, float]:
     squares = np.diag(gram)
     distances = np.maximum(squares[:, None] + squares - 2 * gram, 0)
     np.fill_diagonal(distances, 0)
-    return distances, unit
+    return distances
 
 
 def centre_distances(squared: Array, members: Mask) -> Array:

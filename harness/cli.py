@@ -79,7 +79,7 @@ def make_parser() -> Parser:
         choices=[*EXPERIMENTS, "paper"],
         help="a grid of runs and their table; paper: fig3a and fig3c. The same command continues an interrupted one",
     )
-    several.add_argument("--jobs", type=int, metavar="N", help="number of parallel processes [default: one per core]")
+    several.add_argument("--jobs", type=int, metavar="N", help="at most N parallel processes [default: one per core]")
     several.add_argument(
         "--backend", choices=("loky", "dask"), help="run on this machine, or on a Dask cluster [default: loky]"
     )

@@ -22,24 +22,49 @@ def simulate_all(
 ) -> list:
     """The Result of `simulate` for each of the `runs`, which are Configs by their folders.
 
-    A single run uses all cores that this process may use. Several runs are `jobs` processes (None: as many as these
-    cores allow), or jobs on the `cluster` of `workers`. A run continues if its folder has a checkpoint. If one of
-    several fails, the list holds its error.
+    A single run uses all cores that this process may use. Several runs share them: they are at most `jobs` processes
+    (None: as many as there are cores), or jobs on the `cluster` of `workers`. A run continues if its folder has a
+    checkpoint. If one of several fails, the list holds its error.
     """
     if not runs:
         return []
     if len(runs) == 1 and not cluster:
         [(folder, config)] = runs.items()
         return [simulate(config, folder, dataset=dataset, resume=(folder / CHECKPOINT).is_file(), bar=True)]
-    from joblib import Parallel, cpu_count, delayed
+    from joblib import Parallel, delayed
 
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")  # if the processes are killed
-    cores, asked = cpu_count(only_physical_cores=True), max(config.threads or 1 for config in runs.values())
-    jobs = min(jobs or max(1, cores // asked), len(runs))
-    threads = 1 if cluster else max(1, cores // jobs)
+    if cluster:
+        jobs, threads = jobs or len(runs), 1
+    else:
+        cores, asked = min(usable_cores().values()), max(config.threads or 1 for config in runs.values())
+        jobs = min(jobs or cores, max(1, cores // asked), len(runs))
+        threads = max(1, min(cores // jobs, own_threads()))
     each = [(replace(config, threads=config.threads or threads), folder.absolute()) for folder, config in runs.items()]
     with rounds_bar(runs):
         return Parallel(n_jobs=jobs)(delayed(attempt)(simulate, *run, dataset, sys.argv) for run in each)
+
+
+def usable_cores() -> dict[str, int]:
+    """The numbers of cores that this process may use; the smaller one counts.
+
+    `usable` follows from the CPU affinity of the process and the quota of its container (cgroup). `physical` are the
+    physical cores that the affinity allows: two threads on one core share its arithmetic.
+    """
+    from joblib import cpu_count
+
+    siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+    try:
+        physical = len({Path(siblings.format(cpu)).read_text() for cpu in os.sched_getaffinity(0)})
+    except (AttributeError, OSError):  # not on Linux
+        physical = cpu_count(only_physical_cores=True)
+    return {"usable": cpu_count(), "physical": physical}
+
+
+def own_threads() -> int:
+    """The most threads that the environment variable OMP_NUM_THREADS allows a process."""
+    most = os.environ.get("OMP_NUM_THREADS", "")
+    return int(most) if most.isdigit() else sys.maxsize
 
 
 def refuse_unsendable(configs: list, cluster: bool) -> None:

@@ -44,6 +44,23 @@ def test_a_cell_of_the_scale_tells_seconds_and_megabytes(capsys):
 
 
 @pytest.mark.slow
+def test_busy_programs_run_beside_the_second_half_and_end(monkeypatch, capsys):
+    started = []
+
+    class Program(bench.subprocess.Popen):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            started.append(self)
+
+    monkeypatch.setattr(bench.subprocess, "Popen", Program)
+    monkeypatch.setattr(bench, "BUSY_ROUNDS", 2)
+    bench.bench_busy(1)
+    assert len(started) == 2 and all(program.returncode == -9 for program in started)
+    heading, *lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["alone", "beside", "beside"] and "1 turns of 2 rounds" in heading
+
+
+@pytest.mark.slow
 def test_the_profile_lists_the_matrix_products(capsys):
     threads = torch.get_num_threads()
     bench.bench_profile(1)

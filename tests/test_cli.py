@@ -17,7 +17,7 @@ import torch
 from conftest import command, refusal
 
 import data
-from harness import cli
+from harness import cli, jobs
 from harness.cli import main
 from harness.console import as_command, minutes
 from lab.attacks import ATTACKS
@@ -50,7 +50,7 @@ def test_several_mad_starts_and_seeds_make_several_runs(small, quick, tmp_path, 
     names = {f"{mad}-rounds3-clients4-malicious0.25-phantom-s{s}" for mad in ("mad1", "mad2", "nomad") for s in (0, 1)}
     assert {path.name for path in tmp_path.iterdir()} == names | {"table.csv"}
     threads = {json.loads((tmp_path / n / "config.json").read_text())["machine"]["threads"] for n in names}
-    assert threads == {max(1, os.cpu_count() // 2)}  # the processes share the cores
+    assert threads == {1}  # OMP_NUM_THREADS of the tests allows one
     one = tmp_path / max(names)
     simulate(replace(Config.read(one), threads=3), tmp_path / "alone", dataset=small)
     for table in ("rounds", "clients", "plane"):
@@ -227,22 +227,37 @@ def test_the_folder_of_the_data_is_this_machines_when_a_run_is_resumed(quick, tm
     assert roots == ["/old", "/old", "/new", "/given"]
 
 
-def test_processes_are_not_more_than_the_cores_that_may_be_used(quick, tmp_path, monkeypatch):
-    """joblib counts affinity, containers and LOKY_MAX_CPU_COUNT. The environment variable limits 64 cores to 1."""
-    monkeypatch.setattr(os, "cpu_count", lambda: 64)
-    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
-    started = []
+@pytest.mark.parametrize(
+    ("cores", "words", "processes", "threads"),
+    [
+        (1, "", 1, 1), (4, "", 3, 1), (8, "", 3, 2), (8, "--jobs 2", 2, 4), (4, "--jobs 9 --threads 2", 2, 2),
+        (2, "--jobs 3 --threads 4", 1, 4),
+    ],
+)  # fmt: skip
+def test_processes_times_threads_are_not_more_than_the_cores(
+    cores, words, processes, threads, quick, tmp_path, monkeypatch
+):
+    """The runs are not run: what they are given is looked at."""
+    monkeypatch.setattr(jobs, "usable_cores", lambda: {"usable": 64, "physical": cores})
+    monkeypatch.setattr(jobs, "own_threads", lambda: 64)
+    monkeypatch.setattr(jobs, "attempt", lambda simulate, config, *rest: config.threads)
+    monkeypatch.setattr(joblib, "Parallel", lambda n_jobs: lambda calls: [n_jobs, *(f(*a) for f, a, _ in calls)])
+    runs = {tmp_path / str(seed): Config(rounds=1, seed=seed) for seed in range(3)}
+    options = dict(zip(words.split()[::2], map(int, words.split()[1::2])))
+    runs = {folder: replace(config, threads=options.get("--threads")) for folder, config in runs.items()}
+    assert jobs.simulate_all(simulate, runs, None, options.get("--jobs")) == [processes, *[threads] * 3]
 
-    class Here(joblib.Parallel):
-        def __init__(self, n_jobs):
-            started.append(n_jobs)
-            super().__init__(n_jobs)
 
-    monkeypatch.setattr(joblib, "Parallel", Here)
-    words = ["--rounds", "1", "--clients", "4", "--dataset", "phantom", "--seeds", "2", "--out", str(tmp_path)]
-    assert main(words) == 0 and started == [1]
-    about = json.loads(next(tmp_path.rglob("config.json")).read_text())
-    assert about["threads"] == 1
+def test_usable_cores_follow_from_the_affinity_and_the_environment(monkeypatch):
+    """The first two logical processors may share a core. OMP_NUM_THREADS limits the threads of each process."""
+    cores = jobs.usable_cores()
+    assert 1 <= cores["physical"] <= cores["usable"] <= os.cpu_count()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0}, raising=False)
+    assert jobs.usable_cores()["physical"] == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert jobs.own_threads() == 3
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert jobs.own_threads() > 1000
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -1,5 +1,6 @@
 """Tests of `simulate` inside other programs: threads, interruptions, and what the program has set in PyTorch."""
 
+import _thread
 import os
 import signal
 import subprocess
@@ -150,12 +151,14 @@ SET = {
 
 
 @pytest.mark.parametrize("method", some(model.METHODS, "stacked"))
-@pytest.mark.parametrize("setting", some(SET, "float64", "autocast", "anomaly detection"))
+@pytest.mark.parametrize("setting", some(SET, "float64", "autocast", "anomaly detection", "inference"))
 def test_what_the_caller_has_set_in_pytorch_changes_no_number(setting, method, small):
-    config = replace(SHORT, rounds=1, mad_start=1, method=method)
+    config = replace(SHORT, rounds=1, mad_start=1, method=method, membership=1)
     right = simulate(config, dataset=small)
     with SET[setting]():
-        assert_equal(simulate(config, dataset=small), right)
+        result = simulate(config, dataset=small)
+        assert_equal(result, right)
+        assert result.membership.equals(right.membership)
         model.recorded_gradients.cache_clear()  # a recording that is made in this mode is right, too
         assert_equal(simulate(config, dataset=small), right)
 
@@ -179,6 +182,23 @@ def test_blocks_that_overlap_in_two_threads_leave_the_number_of_threads_to_new_o
         thread.submit(second.__exit__, None, None, None).result()
     with ThreadPoolExecutor(1) as thread:
         assert thread.submit(torch.get_num_threads).result() == torch.get_num_threads() == 2
+
+
+def test_ctrl_c_while_threads_train_ends_the_run_early(small, monkeypatch):
+    train = model.train_stacked
+
+    def interrupted(*arguments, **options):
+        _thread.interrupt_main()
+        return train(*arguments, **options)
+
+    def second_round(clients, w, asked, t, plain=model.Clients.train):
+        if t == 2:
+            monkeypatch.setattr(model, "train_stacked", interrupted)
+        return plain(clients, w, asked, t)
+
+    monkeypatch.setattr(model.Clients, "train", second_round)
+    result = simulate(replace(SHORT, rounds=9, threads=2), dataset=small)
+    assert not result.summary["complete"] and result.rounds["round"].tolist() == [1]
 
 
 def test_a_run_leaves_the_number_of_threads_and_the_signals_as_they_were(small):

@@ -19,7 +19,7 @@ MAY = {  # file -> our files that it may import
     "lab.privacy": PAPER,
     "lab.experiments": REGISTRIES | {"harness.folder", "harness.runs"},
     "lab.figures": READERS,
-    "madsim": PAPER | REGISTRIES | {"harness.log", "harness.folder", "harness.plugins"},
+    "madsim": PAPER | REGISTRIES | {"harness.log", "harness.folder", "harness.jobs", "harness.plugins"},
     "plot": READERS | {"lab.figures"},
     "harness.needs": set(),
     "harness.folder": set(),

@@ -15,7 +15,7 @@ from sklearn.decomposition import PCA
 import model
 from harness import log
 from harness.folder import plain
-from harness.jobs import rounds_bar
+from harness.jobs import rounds_bar, usable_cores
 from harness.log import jump, plane, summarise
 from madsim import Config, simulate
 from trust import Settings
@@ -55,7 +55,7 @@ def test_config_json_holds_what_is_needed_to_run_it_again(small, tmp_path):
     fields["settings"] = type(config.settings)(**fields["settings"])
     assert Config(**fields) == config
     assert written["data"] == {"name": "phantom", "md5": small.md5, "note": "no network"}
-    assert written["machine"] == {"device": "cpu", "threads": 1, "cores": model.usable_cores()}
+    assert written["machine"] == {"device": "cpu", "threads": 1, "cores": usable_cores() | {"pytorch": 1}}
     assert set(written["versions"]) >= {"python", "numpy", "torch", "scikit-learn"}
     assert set(written["git"]) == {"commit", "dirty"}
     assert written["command"]

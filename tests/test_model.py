@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import some
 from torch.func import grad, vmap
 
 import model
@@ -195,6 +196,53 @@ def test_blocks_of_clients_change_nothing(images, labels, monkeypatch):
     blocks, loss_of_blocks = train(images.double(), labels, sizes)
     assert relative(blocks, whole) < 1e-12
     assert loss_of_blocks == pytest.approx(loss.numpy())
+
+
+@pytest.mark.parametrize("batch_size", some([7, 13, 20], 7))
+@pytest.mark.parametrize("seed", some(range(6), 0))
+def test_threads_and_blocks_change_no_bit(images, labels, monkeypatch, batch_size, seed):
+    """Ten steps and more of clients that differ in size. Another order of sums would change the last bits."""
+    sizes = np.random.default_rng(seed).integers(1, 90, 11)
+    sizes[seed] = 99
+    options: dict = {"epochs": 1 + seed % 2, "batch_size": batch_size}
+    W, loss = train(images, labels, sizes, **options)
+    for block, threads in ((1, 1), (1, 2), (3, 1), (4, 3), (11, 1), (100, 2), (100, 64)):
+        monkeypatch.setattr(model, "BLOCK", block * batch_size)
+        found = train(images, labels, sizes, threads=threads, **options)
+        assert torch.equal(found[0], W) and torch.equal(found[1], loss), (block, threads)
+        model.recorded_gradients.cache_clear()
+
+
+def test_threads_change_no_bit_of_evaluation(images):
+    w = initial_weights(0)
+    logits = predict(w, images)
+    assert all(torch.equal(predict(w, images, threads), logits) for threads in (2, 3, 7))
+
+
+def test_blocks_of_clients_by_hand():
+    """100 images a block are 5 clients with batches of 20. 23 clients on 2 threads take 3 turns of 4 clients each."""
+    cpu = torch.device("cpu")
+    for clients, batch, threads, size in (
+        (10, 20, 1, 5), (10, 20, 2, 5), (10, 20, 3, 4), (10, 20, 10, 1), (3, 20, 64, 1), (23, 20, 2, 4), (7, 500, 2, 1),
+    ):  # fmt: skip
+        assert model.block_size(clients, batch, threads, cpu) == size
+    assert model.block_size(1000, 20, 2, torch.device("cuda")) == 1000
+
+
+def test_widths_of_batches_by_hand():
+    """A short batch is filled up where that is at most a tenth of the work. Otherwise its width is the next of four."""
+    assert model.batch_widths([424], 1, 20) == [20] * 22  # the last batch has 4 images: 16 of 440 are filled up
+    assert model.batch_widths([42, 30], 1, 20) == [20, 20, 4]  # 2 images, so 18 of 60 would be
+    assert model.batch_widths([30, 42], 2, 20) == [20, 20, 20, 20, 20, 4]  # 3 and 2 batches an epoch
+    assert model.batch_widths([5], 1, 20) == [5]
+
+
+def test_an_error_in_a_thread_reaches_the_caller(images, labels, monkeypatch):
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(model, "train_stacked", lambda *arguments, **options: (_ for _ in ()).throw(MemoryError("no")))
+    with pytest.raises(MemoryError, match="no"):
+        train(images, labels, (20, 20, 20), threads=2)
+    assert torch.get_num_threads() == threads
 
 
 def test_every_image_is_used_once_an_epoch():

@@ -16,6 +16,7 @@ import sys
 import time
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import fields, replace
@@ -28,7 +29,7 @@ import torch
 from conftest import HERE, command, examples, part, refusal, some
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from threadpoolctl import ThreadpoolController
+from threadpoolctl import threadpool_info, threadpool_limits
 
 import data
 import madsim
@@ -383,8 +384,6 @@ def test_several_runs_are_resumed_at_once_in_any_number_of_processes(quick, tmp_
     for folder in folders:
         assert csv_bytes(folder) == csv_bytes(tmp_path / "whole" / folder.name)
         assert csv_bytes(folder) == csv_bytes(tmp_path / "in one" / folder.name)
-    threads = [json.loads((folder / "config.json").read_text()) for folder in folders]
-    assert all(about["resumed"][0]["machine"]["threads"] == os.cpu_count() for about in threads)
 
 
 def test_an_interruption_ends_all_of_several_runs_in_one_process_and_they_go_on(quick, tmp_path, capsys, monkeypatch):
@@ -630,14 +629,46 @@ def test_runs_of_one_seed_differ_in_nothing_but_their_threads(name, kind, reques
     assert [machine["threads"] for machine in stated] == list(threads)
 
 
-def test_a_federation_is_scored_the_same_by_any_number_of_threads_of_numpy():
-    """numpy's products alone would not be: the negative control may hold on some processors."""
-    W = np.random.default_rng(0).normal(size=(100, 5000))
-    with ThreadpoolController().limit(limits=2, user_api="blas"):
-        two = squared_distances(W)[0]
-    with ThreadpoolController().limit(limits=1, user_api="blas"):
-        one = squared_distances(W)[0]
-    assert np.array_equal(one, two)
+def threads_of_products() -> set[int]:
+    return {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
+
+
+class Watched(np.ndarray):
+    """Remembers in SEEN how many threads the products of such arrays may use."""
+
+    def __matmul__(self, other):
+        SEEN.append(threads_of_products())
+        return np.asarray(self) @ np.asarray(other)
+
+
+SEEN: list[set[int]] = []
+
+
+def test_scoring_and_rules_take_products_on_one_thread():
+    """With two, the last digits may be others. Outside, the caller's number holds."""
+
+    def rule(W, weights, f):
+        squared_distances(W.view(Watched))
+        SEEN.append(threads_of_products())
+        return W[0]
+
+    SEEN.clear()
+    with threadpool_limits(2, "blas"):
+        squared_distances(np.ones((3, 5000), np.float32).view(Watched))
+        aggregate(np.ones((3, 20), np.float32), np.ones(3), np.ones(3, bool), rule)
+        assert len(SEEN) > 3 and all(seen == {1} for seen in SEEN)
+        assert threads_of_products() == {2}
+
+
+def test_a_rule_may_use_threads_of_its_own():
+    """Each of them takes products. They must not wait for the rule to end."""
+
+    def rule(W, weights, f):
+        with ThreadPoolExecutor(2) as threads:
+            list(threads.map(squared_distances, [W, W], timeout=20))
+        return W[0]
+
+    assert aggregate(np.ones((3, 20)), np.ones(3), np.ones(3, bool), rule).tolist() == [1] * 20
 
 
 # ---------------------------------------------------------------- hostile submissions

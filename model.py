@@ -115,8 +115,8 @@ class Network(nn.Module):
         keep1, keep2 = (1.0, 1.0) if keep is None else keep.split(HIDDEN, 1)
         x = self.block(images, self.conv1.weight, self.conv1.bias)  # [B, 6, 12, 12]
         x = self.block(x, self.conv2.weight, self.conv2.bias)  # [B, 16, 4, 4]
-        x = self.hidden1(x.flatten(1)) * keep1  # [B, 64]; the testbed has no activation after its linear layers
-        x = self.hidden2(x) * keep2  # [B, 32]
+        x = F.relu(self.hidden1(x.flatten(1))) * keep1  # [B, 64]
+        x = F.relu(self.hidden2(x)) * keep2  # [B, 32]
         return self.output(x)  # [B, 2]
 
 

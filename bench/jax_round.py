@@ -48,8 +48,8 @@ def logits_of(w, images, keep):
     x = images.transpose(1, 2, 0)[None]  # the batch is innermost
     x = convolve_pool(x, w["conv1.weight"], w["conv1.bias"])
     x = convolve_pool(x, w["conv2.weight"], w["conv2.bias"])
-    x = (x.reshape(-1, x.shape[-1]).T @ w["hidden1.weight"].T + w["hidden1.bias"]) * keep1
-    x = (x @ w["hidden2.weight"].T + w["hidden2.bias"]) * keep2
+    x = jax.nn.relu(x.reshape(-1, x.shape[-1]).T @ w["hidden1.weight"].T + w["hidden1.bias"]) * keep1
+    x = jax.nn.relu(x @ w["hidden2.weight"].T + w["hidden2.bias"]) * keep2
     return x @ w["output.weight"].T + w["output.bias"]
 
 

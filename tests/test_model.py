@@ -78,6 +78,16 @@ def test_dropout_is_applied_where_the_testbed_has_it():
     assert torch.allclose(network(x, torch.ones(3, 96)), network(x))
 
 
+def test_both_hidden_layers_end_in_a_relu():
+    """The first layer gives nothing, so the second gives its bias, where this is positive."""
+    network = Network()
+    torch.nn.init.constant_(network.hidden1.bias, -1e6)
+    bias = network.hidden2.bias
+    assert (bias < 0).any() and (bias > 0).any()
+    expected = network.output.bias + network.output.weight[:, bias > 0] @ bias[bias > 0]
+    assert torch.allclose(network(torch.randn(3, 1, 28, 28)), expected.expand(3, 2))
+
+
 # ---------------------------------------------------------------- the fast kernel against the plain one
 
 

@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
 LLOYD_STEPS = 300  # the most steps, as in scikit-learn
+FEW = 11  # ours: of so many clients, K-means tries all splits, 1023
+PAIRS = 3.1e6  # ours, measured: pairs of clients times the square of their number; with 50 clients these are all pairs
 LARGEST = 1e145  # ours: of a scaled weight. The squares of a million such weights have a finite sum.
 ALIKE = 16  # ours: rows whose first weights differ are not compared any further
 MANY = 256  # ours: with so many rows, products take half of the time in single precision
@@ -250,20 +252,49 @@ def centre_distances(squared: Array, members: Mask) -> Array:
 
 
 def two_means(squared: Array) -> Mask:
-    """K-means with K = 2 on squared distances [n, n]: the clients [n] that belong to the second cluster.
+    """K-means with K = 2 on squared distances [n, n]: the clients [n] in the cluster without the first client.
 
-    Lloyd's steps (1982): each client joins the cluster whose centre is nearer, until no client changes. The distances
-    from a centre follow from the distances between clients, so the P weights are not needed again. The first two
-    centres are the two clients that lie farthest apart, so no random number is drawn.
+    Lloyd's steps (1982) are taken from each of the `first_splits`: each client joins the cluster whose centre is
+    nearer, until no client changes. Of the splits at which they end, the one with the least sum of squared distances
+    from the centres is taken. For up to `FEW` clients it is the best of all splits. For up to 50 it is as good as that
+    of scikit-learn's KMeans or better, whose starts are pairs of clients, too. No random number is drawn, and the order
+    of the clients does not matter. The distances from a centre follow from those between clients.
     """
-    first, second = np.unravel_index(squared.argmax(), squared.shape)
-    group = squared[:, second] < squared[:, first]
-    for _ in range(LLOYD_STEPS):
-        nearer = centre_distances(squared, group) < centre_distances(squared, ~group)
-        if (nearer == group).all():
-            break
-        group = nearer
-    return group
+    groups = first_splits(squared)
+    with one_thread():
+        for _ in range(LLOYD_STEPS):
+            own, others = (cluster_distances(squared, members) for members in (groups, ~groups))
+            within = np.where(groups, own, others).sum(1)  # [S]
+            nearer = own < others
+            if (nearer == groups).all():
+                break
+            groups = nearer
+    best = groups[within.argmin()]
+    return best != best[0]
+
+
+def first_splits(squared: Array) -> Mask:
+    """The splits [S, n] from which K-means starts: all, or one for each pair of clients, by the nearer of the two.
+
+    With more than `FEW` clients these are pairs. With many, only pairs of clients that lie far apart are taken, so that
+    the steps take a small part of a round.
+    """
+    n = len(squared)
+    if n <= FEW:
+        return (np.arange(1, 2 ** (n - 1))[:, None] >> np.arange(n) & 1).astype(bool)
+    far = list(np.unravel_index(squared.argmax(), squared.shape))
+    while len(far) < n and len(far) * (len(far) + 1) / 2 * n**2 <= PAIRS:  # the next one is the farthest from all these
+        far.append(squared[far].min(0).argmax())
+    first, second = np.triu_indices(len(far), 1)
+    return squared[far][second] < squared[far][first]
+
+
+def cluster_distances(squared: Array, members: Mask) -> Array:
+    """Squared distances [S, n] of all clients from the centre of each cluster `members` [S, n]; see `two_means`."""
+    sizes = members.sum(1, keepdims=True)
+    with np.errstate(invalid="ignore"):  # an empty cluster is far from everybody
+        to_members = members @ squared / sizes
+        return np.nan_to_num(to_members - (to_members * members).sum(1, keepdims=True) / sizes / 2, nan=np.inf)
 
 
 def outlying_group(squared: Array, spread: float, settings: Settings) -> Mask:

@@ -92,6 +92,12 @@ class Settings:
     scale_floor: float = setting(
         2.5, "without a group, d = 0 lies at least this many spreads away; 0: min-max", "ours, measured", low=0
     )
+    spread: str = setting(
+        "pairs",
+        "the usual distance is that of pairs of clients, or that from the main cluster's centre",
+        "ours, measured",
+        choices=("pairs", "centre"),
+    )
     floored: str = setting(
         "ungrouped",
         "the scale floor holds without an outlying group, or always",
@@ -148,7 +154,7 @@ class State:
     """What the server knows after a round. Arrays are [C], with NaN for clients that were not scored in that round."""
 
     round: int  # the last scored round; 0 before the first
-    spread: float  # largest median distance of any round so far; 0 before the first round
+    spread: float  # largest usual distance of any round so far; 0 before the first round
     distance: Array  # from the centre of the main cluster, in units of the weights; cut off as in `scaled`
     d: Array  # 1 central, 0 far
     reputation: Array  # R, in [0, 1]
@@ -341,6 +347,20 @@ def main_cluster(W: Array, squared: Array, spread: float, settings: Settings) ->
     return counted, main
 
 
+def usual_distance(squared: Array) -> float:
+    """How far clients usually are from their centre, from squared distances [n, n] of all pairs.
+
+    It is the median client's median distance to the others, over sqrt 2: models that lie r from a centre, each in a
+    direction of its own, are sqrt 2 r apart. A minority can't raise it above what the honest clients' own distances
+    give, wherever its models lie, because most clients have most of their distances to honest ones (both medians are
+    the lower ones). The median distance from the main cluster's centre has no such bound: two far models that are also
+    far from each other are no cluster, so one of them stays in the main one and moves its centre.
+    """
+    n = len(squared)
+    to_others = np.partition(squared, n // 2, axis=1)[:, n // 2]  # a client's own 0 comes first
+    return float(np.sqrt(np.partition(to_others, (n - 1) // 2)[(n - 1) // 2] / 2))
+
+
 def normalised_distance(W: Array, spread: float, settings: Settings) -> tuple[Array, Array, float]:
     """Distance [n], d [n] in [0, 1] and the new spread, from the weights W [n, P] of the scored clients.
 
@@ -352,7 +372,8 @@ def normalised_distance(W: Array, spread: float, settings: Settings) -> tuple[Ar
     usual = float(unscaled(spread, 1 / unit))
     counted, main = main_cluster(W, squared, usual, settings)
     distance = centre_distances(squared, main)
-    middle = float(np.median(distance[counted]))
+    by_pairs = settings.spread == "pairs"
+    middle = usual_distance(squared[np.ix_(counted, counted)]) if by_pairs else float(np.median(distance[counted]))
     lo, hi = distance.min(), distance.max()
     if (main == counted).all() or settings.floored == "always":
         hi = max(hi, settings.scale_floor * max(usual, middle))

@@ -39,6 +39,7 @@ from harness.folder import (
     read_json,
     refuse_changes,
     refuse_folder,
+    refuse_version,
 )
 from harness.jobs import refuse_unsendable, simulate_all, workers
 from lab.experiments import EXPERIMENTS, PAPER, tabulate, tidy
@@ -93,7 +94,7 @@ def make_parser() -> Parser:
     mad = parser.add_argument_group(
         "MAD",
         "The equations are the paper's. How a distance becomes d is our reading, because the paper does not say it. "
-        "The spread is the largest median distance of the clients from the main cluster's centre in the rounds before.",
+        "The spread is the largest usual distance of a round so far, see --spread.",
     )
     mad.add_argument("--preset", choices=PRESETS, help="the defaults of MAD's settings [default: paper]")
     add_options(mad, Settings)
@@ -238,7 +239,9 @@ def in_words(starts: list[int | None]) -> str:
 
 def as_begun(folder: Path) -> dict[str, Any]:
     """The settings that the run of a folder must keep, with the MD5 of its data and its plugins."""
-    loaded = plugins.described(read_json(folder / "config.json").get("plugins") or {})
+    about = read_json(folder / "config.json")
+    refuse_version(folder, about)
+    loaded = plugins.described(about.get("plugins") or {})
     return identity(asdict(Config.read(folder))) | {"data's MD5": data_md5(folder), "plugins": loaded}
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 CHECKPOINT = "checkpoint.npz"
+VERSION = 2  # of what a run computes. 1: a network with two ReLUs less, K-means from one start, `--spread centre`
 DIGITS = 6  # significant digits of all written numbers: more than an average of float32 numbers holds
 
 
@@ -105,8 +106,18 @@ def lock(file: Any, folder: Path) -> None:
 
 def identity(about: dict) -> dict:
     """The settings that a resumed run must keep, from a Config as a dict or from config.json."""
-    apart = {"settings", "data_root", "threads", "command", "git", "versions", "machine", "data", "resumed", "plugins"}
+    apart = {"settings", "data_root", "threads", "command", "git", "versions", "machine", "data", "resumed"}
+    apart |= {"plugins", "version"}  # they are compared by themselves
     return {name: value for name, value in (about | about["settings"]).items() if name not in apart}
+
+
+def refuse_version(folder: Path, about: dict) -> None:
+    """Raise ValueError if another version, which would compute other results, began the run."""
+    if about.get("version", 1) != VERSION:
+        raise ValueError(
+            f"{folder} was computed by an earlier version of madsim, whose results differ; it can't continue here. "
+            "Run it again with --overwrite, or elsewhere with --out DIR"
+        )
 
 
 def refuse_changes(folder: Path, begun: dict, now: dict, longer: bool = False) -> None:

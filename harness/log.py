@@ -22,6 +22,7 @@ from harness import plugins
 from harness.console import progress
 from harness.folder import (
     CHECKPOINT,
+    VERSION,
     identity,
     lock,
     naming,
@@ -29,6 +30,7 @@ from harness.folder import (
     read_checkpoint,
     read_json,
     refuse_changes,
+    refuse_version,
     replace_file,
     rounded,
     uninterrupted,
@@ -77,7 +79,11 @@ class Log:
         self.kept: list[int] = []
         self.begun, self.summary = False, {"complete": False}
         self.data = {"name": dataset.name, "md5": dataset.md5, "note": dataset.note}
-        self.identity = identity(asdict(config)) | {"data's MD5": dataset.md5, "plugins": plugins.described()}
+        self.identity = identity(asdict(config)) | {
+            "data's MD5": dataset.md5,
+            "plugins": plugins.described(),
+            "version": VERSION,
+        }
 
     def __enter__(self):
         return self
@@ -105,7 +111,10 @@ class Log:
         for table in self.tables:  # first, as they lock the folder
             table.create()
         if self.out:
-            write_json(self.out / "config.json", asdict(self.config) | origin(self.members) | {"data": self.data})
+            write_json(
+                self.out / "config.json",
+                asdict(self.config) | origin(self.members) | {"data": self.data, "version": VERSION},
+            )
             of = self.dataset
             four = np.concatenate([np.flatnonzero(of.train_labels == label)[:2] for label in (0, 1)])  # for Fig. 2
             np.savez(self.out / "samples.npz", images=of.train_images[four], labels=of.train_labels[four])
@@ -123,8 +132,10 @@ class Log:
         found = read_checkpoint(self.out / CHECKPOINT, kinds)
         if found["marks"].shape != kinds["marks"].shape:
             raise ValueError(f"{self.out} was written by another version, with other tables; it can't continue here")
+        run = json.loads(str(found["run"]))
+        refuse_version(self.out, run)
         usual = identity(asdict(type(self.config)()))  # of settings that the run's version did not have
-        refuse_changes(self.out, usual | json.loads(str(found["run"])), self.identity, longer=True)
+        refuse_changes(self.out, usual | run, self.identity, longer=True)
         for table, (size, crc) in zip(self.tables, found["marks"].tolist()):
             table.reopen(size, crc)
             if table.filled != table.due(int(found["round"])):

@@ -121,7 +121,7 @@ def test_the_help_and_the_reference_say_what_the_sources_and_the_spread_are():
     options, mad = (PAGES["docs/reference.md"].split(f"\n## {name}")[1] for name in ("Options", "MAD"))
     for source in ("paper", "testbed", "ours"):
         assert f"[{source}]: " in parser.epilog and f"`[{source}]`" in options
-    assert "spread is the largest median distance" in spread and "*spread* says how far" in mad
+    assert "spread is the largest usual distance" in spread and "*spread* says how far" in mad
     for about in (f.metadata for f in (*fields(cli.Config), *fields(Settings)) if f.name != "settings"):
         known = r"(default: never; )?(paper|testbed|ours)\b.*|.* (19|20)\d\d"  # a name with a year is a publication
         assert re.fullmatch(known, about["source"]), about["source"]

@@ -1,6 +1,7 @@
 """Tests of trust.py: the paper's equations, worked out by hand, and hostile submissions."""
 
 import json
+import math
 import pickle
 import warnings
 from dataclasses import asdict, replace
@@ -37,6 +38,7 @@ from trust import (
     two_means,
     update_reputation,
     update_trust,
+    usual_distance,
 )
 
 PAPER, TESTBED = PRESETS["paper"], PRESETS["testbed"]
@@ -134,16 +136,18 @@ def test_an_outlying_group_sets_the_scale():
     distance, d, spread = normalised_distance(column(0, 1, 2, 10), 0.0, PAPER)
     assert distance.tolist() == pytest.approx([1, 0, 1, 9])
     assert d.tolist() == pytest.approx([8 / 9, 1, 8 / 9, 0])
-    assert spread == pytest.approx(1)
+    # The lower median distances to the others are 2, 1, 2, 9. The lower median of these is 2.
+    assert spread == pytest.approx(2 / math.sqrt(2))
+    assert normalised_distance(column(0, 1, 2, 10), 0.0, replace(PAPER, spread="centre"))[2] == pytest.approx(1)
 
 
 def test_the_floor_may_hold_also_where_there_is_an_outlying_group():
-    # As above, the centre is 1, the distances are 1, 0, 1, 9 and the spread is 1. The distance 9 is within 20 spreads.
-    always = replace(PAPER, scale_floor=20.0, floored="always")
+    # As above, the centre is 1, the distances are 1, 0, 1, 9 and the spread is sqrt 2. 9 is within 20 / sqrt 2 spreads.
+    always = replace(PAPER, scale_floor=20 / math.sqrt(2), floored="always")
     assert normalised_distance(column(0, 1, 2, 10), 0.0, always)[1].tolist() == pytest.approx(
         [19 / 20, 1, 19 / 20, 11 / 20]
     )
-    ungrouped = replace(PAPER, scale_floor=20.0)
+    ungrouped = replace(PAPER, scale_floor=20 / math.sqrt(2))
     assert normalised_distance(column(0, 1, 2, 10), 0.0, ungrouped)[1].tolist() == pytest.approx([8 / 9, 1, 8 / 9, 0])
 
 
@@ -156,8 +160,9 @@ def test_a_group_within_the_usual_spread_is_no_group():
 
 
 def test_without_a_group_the_farthest_is_not_far():
-    # Two clusters of equal size give no group. The centre is 1.5, the median distance is 1, hi = 2.5, lo = 0.5.
-    assert normalised_distance(column(0, 1, 2, 3), 0.0, PAPER)[1].tolist() == pytest.approx([0.5, 1, 1, 0.5])
+    # Two clusters of equal size give no group. The centre is 1.5, the usual distance 1 / sqrt 2, hi = 2.5, lo = 0.5.
+    floor = replace(PAPER, scale_floor=2.5 * math.sqrt(2))
+    assert normalised_distance(column(0, 1, 2, 3), 0.0, floor)[1].tolist() == pytest.approx([0.5, 1, 1, 0.5])
     assert normalised_distance(column(0, 1, 2, 3), 0.0, TESTBED)[1].tolist() == pytest.approx([0, 1, 1, 0])
 
 
@@ -269,6 +274,45 @@ def test_copies_count_once_with_two_clusters_and_each_with_one():
     squared = squares(W)
     assert main_cluster(W, squared, 0.0, PAPER)[0].tolist() == [True, False, False, True, True]
     assert main_cluster(W, squared, 0.0, TESTBED)[0].all()
+
+
+def test_the_usual_distance_by_hand():
+    """0, 1, 3, 7 have the lower median distances 3, 2, 3, 6 to the others. The lower median of these is 3."""
+    usual = 3 / math.sqrt(2)
+    assert usual_distance(squares(column(0, 1, 3, 7))) == pytest.approx(usual)
+    assert usual_distance(squares(column(0, 1, 3, 7, 1e9))) == pytest.approx(usual)  # 3, 2, 3, 6 and about 1e9
+    assert usual_distance(squares(column(5))) == 0
+    assert usual_distance(squares(column(5, 7))) == pytest.approx(2 / math.sqrt(2))
+
+
+def test_the_usual_distance_is_that_from_the_centre_if_all_directions_differ():
+    W = np.random.default_rng(0).normal(size=(10, 20_000))
+    from_centre = np.linalg.norm(W - W.mean(0), axis=1)
+    assert usual_distance(squares(W)) == pytest.approx(np.median(from_centre), rel=0.06)  # sqrt(10 / 9) is 1.054
+
+
+@given(st.integers(0, 10_000), st.integers(3, 20), st.floats(0, 1e6))
+def test_a_minority_can_not_raise_the_usual_distance(seed, clients, apart):
+    """It stays within the honest clients' own distances. The median distance from the centre does not."""
+    rng = np.random.default_rng(seed)
+    W = rng.normal(size=(clients, 6))
+    bad = np.arange(clients) < (clients - 1) // 2
+    honest = squares(W[~bad]).max()
+    W[bad] += apart * rng.normal(size=(bad.sum(), 6))
+    assert usual_distance(squares(W)) <= math.sqrt(honest / 2) * (1 + 1e-9)
+
+
+def test_one_burst_of_noise_blinds_the_server_only_with_the_distance_from_the_centre():
+    """Two of ten clients submit noise in round 1 and lie 4 away afterwards. Honest ones lie 1 from their centre."""
+    rng = np.random.default_rng(0)
+    bad, places = np.arange(10) < 2, rng.normal(size=(12, 10, 400)) / 20
+    places[:, bad] += 4 / math.sqrt(400)
+    places[0, bad] = rng.normal(size=(2, 400)) * 5
+    for spread, out in (("pairs", bad), ("centre", np.zeros(10, bool))):
+        settings, state = replace(PAPER, spread=spread), initial_state(10)
+        for t, W in enumerate(places, 1):
+            state = mad_step(np.where(state.active[:, None], W, np.nan), state, t, 10, settings)
+        assert (~state.active == out).all()
 
 
 @pytest.mark.parametrize(("spread", "found"), [(6.3, True), (6.4, False), (6.8, False)])
@@ -476,7 +520,7 @@ def test_a_row_of_any_size_is_far(value, sign, preset, no_warning):
     if preset == PAPER:
         assert state.active.tolist() == [True, True, True, False]
         assert state.distance[:3].tolist() == pytest.approx([1, 0, 1])
-        assert state.spread == pytest.approx(1)
+        assert state.spread == pytest.approx(math.sqrt(2))
 
 
 def test_the_distances_of_many_clients_are_those_of_double_precision():
@@ -513,11 +557,11 @@ def test_a_scale_that_is_a_power_of_two_changes_no_bit(no_warning):
 
 
 def test_a_round_of_another_size_is_scored_by_the_largest_spread(no_warning):
-    """After a round with the spread 1e300, distances of 1e-300 are nothing. The spread stays."""
+    """After a round with the spread 7e299, distances of 1e-300 are nothing. The spread stays."""
     state = mad_step(column(0, 1, 2, 3) * 1e300, initial_state(4), 1, None, PAPER)
-    assert state.spread == pytest.approx(1e300)
+    assert state.spread == pytest.approx(1e300 / math.sqrt(2))
     state = mad_step(column(0, 1, 2, 50) * 1e-300, state, 2, None, PAPER)
-    assert state.d.tolist() == [1, 1, 1, 1] and state.spread == pytest.approx(1e300)
+    assert state.d.tolist() == [1, 1, 1, 1] and state.spread == pytest.approx(1e300 / math.sqrt(2))
 
 
 @pytest.mark.parametrize("kind", [np.float16, np.float32, np.int64])
@@ -590,8 +634,8 @@ def test_whole_numbers_have_an_average_that_is_not_whole():
 
 
 def test_the_presets_are_the_papers_and_the_testbeds():
-    paper = (2, 0.25, 1.25, 2.5, "ungrouped", 0.5, 0.75, 0.85, 0.15)
-    testbed = (1, 0.25, 1.25, 0.0, "ungrouped", 0.5, 0.75, 0.75, 0.15)
+    paper = (2, 0.25, 1.25, 2.5, "pairs", "ungrouped", 0.5, 0.75, 0.85, 0.15)
+    testbed = (1, 0.25, 1.25, 0.0, "pairs", "ungrouped", 0.5, 0.75, 0.75, 0.15)
     assert Settings(*paper, "printed", "clip-smooth", "dropped", "same", "threshold", "keep") == PAPER
     assert Settings(*testbed, "testbed", "smooth-clip", "observed", "next", "lowest", "everybody") == TESTBED
 

@@ -350,11 +350,12 @@ def main_cluster(W: Array, squared: Array, spread: float, settings: Settings) ->
 def usual_distance(squared: Array) -> float:
     """How far clients usually are from their centre, from squared distances [n, n] of all pairs.
 
-    It is the median client's median distance to the others, over sqrt 2: models that lie r from a centre, each in a
-    direction of its own, are sqrt 2 r apart. A minority can't raise it above what the honest clients' own distances
-    give, wherever its models lie, because most clients have most of their distances to honest ones (both medians are
-    the lower ones). The median distance from the main cluster's centre has no such bound: two far models that are also
-    far from each other are no cluster, so one of them stays in the main one and moves its centre.
+    It is the median client's median distance to the others (S_n of Rousseeuw and Croux 1993), over sqrt 2: models that
+    lie r from a centre, each in a direction of its own, are sqrt 2 r apart. A minority can't raise it above what the
+    honest clients' own distances give, wherever its models lie, because most clients have most of their distances to
+    honest ones (both medians are the lower ones). The median distance from the main cluster's centre has no such bound:
+    two far models that are also far from each other are no cluster, so one of them stays in the main one and moves its
+    centre.
     """
     n = len(squared)
     to_others = np.partition(squared, n // 2, axis=1)[:, n // 2]  # a client's own 0 comes first

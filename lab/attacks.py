@@ -101,7 +101,7 @@ def hug(W: Tensor, w: Tensor, rng: np.random.Generator, honest: Tensor) -> Tenso
     """Ours: each goes from the honest clients' centre towards its trained model, as far out as MAD tolerates.
 
     It stops at `HUG` times the honest clients' median distance from their centre. MAD calls a group outlying only
-    beyond 1.25 times the largest such median so far.
+    beyond 1.25 spreads.
     """
     if not len(honest):  # all honest clients are excluded: nobody is left to hide among
         return W

@@ -34,6 +34,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 import data
 import madsim
 import model
+import plot
 import trust
 from harness import cli, log
 from harness.cli import main
@@ -1146,6 +1147,24 @@ def test_a_run_is_resumed_with_the_same_settings_and_other_threads(stopped, quic
     finally:
         torch.set_num_threads(threads)
     assert csv_bytes(folder) == csv_bytes(whole)
+
+
+def test_a_run_of_an_earlier_version_is_not_continued_but_drawn(stopped, quick, tiny, capsys):
+    """Earlier versions had another network. Their folders have no version."""
+    folder, _ = stopped
+    about = json.loads((folder / "config.json").read_text())
+    assert about.pop("version") == 2
+    (folder / "config.json").write_text(json.dumps(about))
+    edited(folder / "checkpoint.npz", run=json.dumps(json.loads(run_of(folder)) | {"version": 1}))
+    assert "computed by an earlier version of madsim" in refusal(capsys, "--resume", str(folder))
+    with pytest.raises(ValueError, match="computed by an earlier version"):
+        resume(folder, tiny)
+    assert plot.main([str(folder)]) == 0
+
+
+def run_of(folder: Path) -> str:
+    with np.load(folder / "checkpoint.npz") as checkpoint:
+        return str(checkpoint["run"])
 
 
 def test_a_run_is_not_resumed_with_other_data(stopped, tiny, capsys, monkeypatch):

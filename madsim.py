@@ -95,13 +95,17 @@ def gather(config: "Config", dataset: data.Dataset):
         dataset.train_labels, c.clients, c.malicious, c.seed,
         poison=attack.poison, flip=c.flip, partition=PARTITIONS[c.partition], concentration=c.concentration,
     )  # fmt: skip
+
+    def submit(W: Any, w: Any, honest: Any, rng: np.random.Generator, t: int) -> Any:
+        return attack.submissions(W, w, honest, rng, c.strength, c.bursting(t))
+
     poisoned = attack.submit is None and attack.poison and any(share.malicious for share in shares)
     if poisoned and np.array_equal(attacked, dataset.train_labels):
         warn_once(f"attack {c.attack} with flip {c.flip:g} changes no label: nobody attacks", 4)
     return import_model().Clients(
         (dataset.train_images, dataset.train_labels, attacked), (dataset.test_images, dataset.test_labels), shares,
-        seed=c.seed, attacking=c.attacking, submit=attack.submissions, device=c.device, threads=c.threads,
-        cores=usable_cores(), epochs=c.epochs, batch_size=c.batch_size, lr=c.lr, method=c.method,
+        seed=c.seed, attacking=c.attacking, submit=submit, device=c.device, threads=c.threads, cores=usable_cores(),
+        epochs=c.epochs, batch_size=c.batch_size, lr=c.lr, method=c.method,
     )  # fmt: skip
 
 
@@ -124,6 +128,10 @@ class Config:
     attack_period: int | None = setting(
         None, "they attack for N rounds, then pause for N (default: no pause)", "paper", low=1
     )
+    strength: float | None = setting(
+        None, "how strong the attack is, see the reference (default: the attack's own)", "ours", low=0, high=1e30
+    )
+    burst: int = setting(1, "rounds of noise with which the attack blind begins", "ours", low=1)
     partition: str = setting("iid", "how images are dealt to the clients, see --list", "paper", choices=PARTITIONS)
     concentration: float = setting(
         0.5, "concentration of the Dirichlet distribution, for partitions that are not iid", "Li et al. 2022", low=1e-3
@@ -167,6 +175,11 @@ class Config:
             raise ValueError(
                 f"flip {self.flip} changes nothing, because attack {self.attack} flips no labels; leave it out"
             )
+        attack, useless = ATTACKS[self.attack], []
+        useless += [f"strength {self.strength:g}"] if self.strength is not None and attack.strength is None else []
+        useless += [f"burst {self.burst}"] if self.burst != Config.burst and not attack.bursts else []
+        if useless:
+            raise ValueError(f"{useless[0]} changes nothing with attack {self.attack}; leave it out")
         if self.partition == "iid" and self.concentration != Config.concentration:
             raise ValueError(f"concentration {self.concentration} changes nothing with partition iid; leave it out")
 
@@ -177,6 +190,10 @@ class Config:
         """Whether the malicious clients attack in round t."""
         since = t - self.attack_start
         return since >= 0 and (self.attack_period is None or since // self.attack_period % 2 == 0)
+
+    def bursting(self, t: int) -> bool:
+        """Whether round t, in which they attack, is one of the first of the attack, or of its period."""
+        return (t - self.attack_start) % (2 * (self.attack_period or self.rounds)) < self.burst
 
     @property
     def name(self) -> str:

@@ -467,7 +467,9 @@ def metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
     margin, truth = (logits[:, 1] - logits[:, 0]).double().cpu().numpy(), labels.cpu().numpy() == 1
     right = (margin > 0) == truth
     if both := truth.any() and not truth.all() and np.isfinite(margin).all():
-        greater = mannwhitneyu(margin[truth], margin[~truth], method="asymptotic").statistic  # pairs, of all pairs
+        greater = mannwhitneyu(
+            margin[truth], margin[~truth], method="asymptotic"
+        ).statistic  # the pairs in the right order
     return {
         "loss": F.cross_entropy(logits, labels).item(),
         "accuracy": float(right.mean()),
@@ -493,8 +495,8 @@ class Clients:
 
     `train` is the images uint8 [n, 28, 28], their labels int64 [n], and the labels under attack. `test` is the test
     images and labels. `shares` has one data.Share per client. `attacking(t)` says whether the malicious clients attack
-    in round t, and `submit(W [m, P], w [P], honest [h, P], rng)` is what they then submit. `threads` is the number of
-    threads (None: the smallest of the numbers of `cores` and of PyTorch's own number). `training` are the options of
+    in round t, and `submit(W [m, P], w [P], honest [h, P], rng, t)` is what they then submit. `threads` is the number
+    of threads (None: the smallest of the numbers of `cores` and of PyTorch's own number). `training` are the options of
     `train_clients`. Raises ValueError for the device cuda on a machine without one.
     """
 
@@ -507,7 +509,7 @@ class Clients:
         *,
         seed: int,
         attacking: Callable[[int], bool],
-        submit: Callable[[Tensor, Tensor, Tensor, np.random.Generator], Tensor],
+        submit: Callable[..., Tensor],
         device: str,
         threads: int | None,
         cores: dict[str, int],
@@ -554,7 +556,7 @@ class Clients:
         if bad.any() and self.attacking(t):
             rng = np.random.default_rng([self.seed, t, 2])
             with own_modes():
-                W[bad] = self.submit(W[bad], self.send(w), W[~bad], rng)
+                W[bad] = self.submit(W[bad], self.send(w), W[~bad], rng, t)
         if asked.all():
             return W.cpu().numpy()
         submitted = np.full((len(asked), W.shape[1]), np.nan, np.float32)

@@ -16,7 +16,13 @@ from lab.rules import RULES
 
 LAST = 10  # ours: the largest number of last rounds over which a table takes the means of a run
 DETECTION = ("true_exclusions", "false_exclusions", "precision", "recall", "rounds_to_detection")
-NEWEST = ("averaged", "last_exclusion")  # these columns come last, also if a later run has more columns than the first
+NEWEST = (
+    "averaged",
+    "last_exclusion",
+    "strength",
+    "burst",
+    "spread",
+)  # these columns come last, also if a later run has more columns than the first
 TABLED = {  # columns of an experiment's Markdown table: heading and decimals
     "true_exclusions": ("attackers out", 1), "false_exclusions": ("honest out", 1),
     "precision": ("precision", 2), "recall": ("recall", 2), "rounds_to_detection": ("rounds to detection", 1),
@@ -118,6 +124,10 @@ EXPERIMENTS = {
             "label_flip of 30 %": FLIP | {"flip": 0.3},
             "label_flip from round {30}": FLIP | {"attack_start": 30},
             "label_flip, {5} rounds on, {5} off": FLIP | {"attack_period": 5},
+            **{f"blind, noise of {size:g}": FLIP | {"attack": "blind", "strength": size} for size in (0.02, 1.0)},
+            "blind in round {9}": FLIP | {"attack": "blind", "attack_start": 9},
+            **{f"ipm, epsilon {size:g}": FLIP | {"attack": "ipm", "strength": size} for size in (0.1, 0.5, 1.0, 2.0)},
+            "sign_flip, 4 times": FLIP | {"attack": "sign_flip", "strength": 4.0},
             "alie, 40 % malicious": FLIP | {"attack": "alie", "malicious": 0.4},
             "hug, 40 % malicious": FLIP | {"attack": "hug", "malicious": 0.4},
         },

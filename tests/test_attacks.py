@@ -1,11 +1,16 @@
 """Tests of lab/attacks.py: every attack, with numbers worked out by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from conftest import some
 
 from lab import attacks
 from lab.attacks import ATTACKS, Attack
+from madsim import Config, simulate
+from trust import Settings
 
 TRAINED, GLOBAL = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([1.0, 1.0])
 
@@ -20,21 +25,66 @@ TRAINED, GLOBAL = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([1.0, 1.0
     ],
 )
 def test_attacks_by_hand(name, expected):
-    assert ATTACKS[name].submit(TRAINED.clone(), GLOBAL, np.random.default_rng(0)).tolist() == expected
+    assert ATTACKS[name].submissions(TRAINED.clone(), GLOBAL, TRAINED, np.random.default_rng(0)).tolist() == expected
 
 
 def test_ipm_turns_the_average_of_the_papers_clients_and_alie_needs_two():
     honest = torch.tensor([[2.0, 3.0]] * 8)
-    submitted = ATTACKS["ipm"].submit(honest[:2], GLOBAL, np.random.default_rng(0))
+    submitted = ATTACKS["ipm"].submissions(honest[:2], GLOBAL, honest, np.random.default_rng(0))
     change = torch.cat([honest, submitted]).mean(0) - GLOBAL
     assert (change * (honest[0] - GLOBAL)).sum() < 0
-    assert ATTACKS["alie"].submit(TRAINED[:1], GLOBAL, np.random.default_rng(0)).tolist() == [[1, 2]]
+    assert ATTACKS["alie"].submissions(TRAINED[:1], GLOBAL, TRAINED, np.random.default_rng(0)).tolist() == [[1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("name", "strength", "expected"),
+    [("sign_flip", 4.0, [[1, -3], [-7, -11]]), ("scaled", 2.0, [[1, 3], [5, 7]]), ("alie", 0.0, [[2, 3], [2, 3]]),
+     ("ipm", 0.5, [[0.5, 0], [0.5, 0]]), ("noise", 0.0, [[1, 2], [3, 4]])],
+)  # fmt: skip
+def test_the_strength_of_attacks_by_hand(name, strength, expected):
+    """1 - 4 (W - 1); 1 + 2 (W - 1); the means 2 and 3; 1 minus half of the mean changes 1 and 2; no noise."""
+    found = ATTACKS[name].submissions(TRAINED.clone(), GLOBAL, TRAINED, np.random.default_rng(0), strength)
+    assert found.tolist() == expected
+
+
+def test_blind_submits_noise_in_its_burst_alone():
+    attack, W = ATTACKS["blind"], torch.zeros(2, 10_000)
+    noise = attack.submissions(W, W[0], W, np.random.default_rng(1), 0.3, burst=True)
+    assert noise.std().item() == pytest.approx(0.3, rel=0.03) and attack.poison is ATTACKS["label_flip"].poison
+    assert attack.submissions(W, W[0], W, np.random.default_rng(1), 0.3, burst=False).equal(W)
+
+
+@pytest.mark.parametrize(
+    ("options", "rounds"),
+    [({}, [1]), ({"burst": 2, "attack_start": 5}, [5, 6]), ({"attack_start": 3, "attack_period": 4}, [3, 11])],
+)
+def test_a_burst_comes_first_and_in_each_period(options, rounds):
+    config = Config(rounds=14, attack="blind", **options)
+    assert [t for t in range(1, 15) if config.attacking(t) and config.bursting(t)] == rounds
+
+
+@pytest.mark.parametrize("options", [{"strength": 2.0}, {"burst": 3}, {"attack": "noise", "burst": 2}])
+def test_a_strength_or_burst_that_changes_nothing_is_refused(options):
+    with pytest.raises(ValueError, match=r"(strength 2|burst [23]) changes nothing with attack (label_flip|noise)"):
+        Config(**options)
+
+
+@pytest.mark.parametrize("size", some([0.02, 0.1, 1.0], 0.1))
+@pytest.mark.parametrize("start", some([1, 4], 1))
+def test_a_burst_of_noise_does_not_save_the_attackers(size, start, real):
+    """The negative control: measured from the main cluster's centre, the spread is too large to find them."""
+    config = Config(rounds=8, mad_start=6, attack="blind", strength=size, attack_start=start)
+    found = simulate(config, dataset=real).summary
+    assert (found["true_exclusions"], found["false_exclusions"]) == (2, 0)
+    if size == 0.1 and start == 1:
+        former = replace(config, settings=Settings(spread="centre"))
+        assert simulate(former, dataset=real).summary["true_exclusions"] == 0
 
 
 def test_noise_is_drawn_from_the_generator():
     W = torch.zeros(2, 10_000)
-    noise, again = (ATTACKS["noise"].submit(W, W[0], np.random.default_rng(1)) for _ in range(2))
-    assert (noise == again).all() and noise.std().item() == pytest.approx(attacks.NOISE, rel=0.03)
+    noise, again = (ATTACKS["noise"].submissions(W, W[0], W, np.random.default_rng(1)) for _ in range(2))
+    assert (noise == again).all() and noise.std().item() == pytest.approx(0.5, rel=0.03)
 
 
 def test_hug_by_hand():
@@ -49,7 +99,7 @@ def test_hug_by_hand():
 
 def test_hug_with_nobody_left_to_hide_from_submits_what_it_trained():
     W = torch.tensor([[1.0, 2.0]])
-    assert attacks.hug(W, W[0], np.random.default_rng(0), W[:0]).equal(W)
+    assert attacks.hug(W, W[0], np.random.default_rng(0), W[:0], 1.2).equal(W)
 
 
 def test_an_attack_without_a_submission_submits_what_was_trained():

@@ -51,7 +51,7 @@ def test_membership_is_told_of_a_model_that_remembers_and_of_no_other(phantom):
     noise = rng.integers(0, 2, len(phantom.train_labels))  # labels that can only be memorised
     clients = model.Clients(
         (phantom.train_images, noise, noise), (phantom.test_images, phantom.test_labels), shares,
-        seed=0, attacking=lambda t: True, submit=lambda W, w, honest, rng: W, device="cpu", threads=1,
+        seed=0, attacking=lambda t: True, submit=lambda W, w, honest, rng, t: W, device="cpu", threads=1,
         cores={}, epochs=150, batch_size=20, lr=2e-3, dropout=(0.0, 0.0),
     )  # fmt: skip
     w = model.initial_weights(0).numpy()

@@ -39,7 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import madsim
 import model
-from harness.jobs import simulate_all, usable_cores
+from harness.jobs import own_threads, simulate_all, usable_cores
 from madsim import Config, gather
 
 MATRIX = 2048  # rows and columns of the product whose rate is the machine's
@@ -107,7 +107,7 @@ def parts_of(calls: cProfile.Profile) -> dict[str, float]:
 
 def usual_threads() -> int:
     """The number of threads of a run that asks for none."""
-    return min(usable_cores().values())
+    return min(*usable_cores().values(), own_threads())
 
 
 def heading(text: str) -> None:

@@ -48,9 +48,9 @@ def test_busy_programs_run_beside_the_second_half_and_end(monkeypatch, capsys):
     started = []
 
     class Program(bench.subprocess.Popen):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            started.append(self)
+        def __init__(self, words, **options):
+            super().__init__(words, **options)
+            started.extend([self] * ("while True: pass" in words))
 
     monkeypatch.setattr(bench.subprocess, "Popen", Program)
     monkeypatch.setattr(bench, "BUSY_ROUNDS", 2)

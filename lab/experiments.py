@@ -106,6 +106,8 @@ EXPERIMENTS = {
             **dropped_or_observed("floor of 2, K = 2", {"scale_floor": 2.0, "floored": "always"} | ALWAYS_GROUPED),
             **dropped_or_observed("silhouette alone", {"outlying": 0.0}),
             **dropped_or_observed("preset paper", {}),
+            "preset paper, threshold 0.85": {"threshold": 0.85},
+            "preset paper, spread of the centre": {"spread": "centre"},
             "preset testbed": {"preset": "testbed"},
         },
         {

@@ -47,7 +47,7 @@ def test_names_say_the_rounds_that_are_run():
     assert starts == {f"MAD from {start}": start for start in (1, 4, 8, 12, 16)} | never
     starts = {name: c.mad_start for (name, _), c in cells("fig3a", rounds=4).items()}
     assert starts == {f"MAD from {start}": start for start in (1, 2, 3)} | never
-    assert len(cells("readings", rounds=1)) == 13 * 3  # MAD from 5 and from 40 are one column
+    assert len(cells("readings", rounds=1)) == 15 * 3  # MAD from 5 and from 40 are one column
     assert "{" not in "".join(row + column for name in EXPERIMENTS for row, column in cells(name))
 
 
@@ -81,8 +81,8 @@ def test_cells_are_what_their_names_say():
 
 
 def test_the_options_given_hold_in_every_cell():
-    for config in cells("readings", threshold=0.3, clients=20).values():
-        assert (config.settings.threshold, config.clients) == (0.3, 20)
+    for config in cells("readings", alpha=0.3, clients=20).values():
+        assert (config.settings.alpha, config.clients) == (0.3, 20)
 
 
 def table(*losses: float, **columns) -> pd.DataFrame:

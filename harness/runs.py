@@ -217,6 +217,16 @@ def steady(rounds: Any, clients: Any) -> Any:
     return rounds[rounds["round"] >= clients["round"][changed].max()] if changed.any() else rounds
 
 
+def counted(count: int, of: int) -> str:
+    """A count and the 95 % interval of its rate in percent (Wilson 1927): "10 of 10 (72-100 %)"."""
+    from scipy.stats import binomtest
+
+    if not of:
+        return ""
+    low, high = binomtest(int(count), int(of)).proportion_ci(method="wilson")
+    return f"{count:.0f} of {of:.0f} ({low * 100:.0f}-{high * 100:.0f} %)"
+
+
 def span(table: Any) -> str:
     """The numbers of last rounds over which a table of runs has means: '10' or '4 to 10'."""
     numbers = table["averaged"][table["complete"] | ~table["complete"].any()]  # the others are in no mean

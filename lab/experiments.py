@@ -10,21 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from harness.folder import identity, read_json, replace_file, rounded
-from harness.runs import data_in_words, span, steady
+from harness.runs import counted, data_in_words, span, steady
 from lab.attacks import ATTACKS
 from lab.rules import RULES
 
 LAST = 10  # ours: the largest number of last rounds over which a table takes the means of a run
 DETECTION = ("true_exclusions", "false_exclusions", "precision", "recall", "rounds_to_detection")
-NEWEST = (
-    "averaged",
-    "last_exclusion",
-    "strength",
-    "burst",
-    "spread",
-)  # these columns come last, also if a later run has more columns than the first
-TABLED = {  # columns of an experiment's Markdown table: heading and decimals
-    "true_exclusions": ("attackers out", 1), "false_exclusions": ("honest out", 1),
+# These columns come last, in this order, also if a later run has more columns than the first
+NEWEST = ("averaged", "last_exclusion", "strength", "burst", "spread")
+COUNTED = {  # columns of an experiment's Markdown table that count clients, and how many there are
+    "attackers out": ("true_exclusions", lambda runs: runs.attackers),
+    "honest out": ("false_exclusions", lambda runs: runs.clients - runs.attackers),
+}
+TABLED = {  # its other columns: heading and decimals
     "precision": ("precision", 2), "recall": ("recall", 2), "rounds_to_detection": ("rounds to detection", 1),
     "loss": ("loss", 3), "honest_accuracy": ("honest accuracy", 3), "test_accuracy": ("test accuracy", 3),
     "test_sensitivity": ("test sensitivity", 3), "test_auc": ("test AUC", 3),
@@ -186,7 +184,7 @@ def tidy(cells: list[tuple[Path, str, str]]) -> Any:
         except (LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder}: its files are damaged ({error!r})") from None
     table = DataFrame(rows)
-    return table[sorted(table, key=lambda name: name in NEWEST)]
+    return table[sorted(table, key=lambda name: NEWEST.index(name) if name in NEWEST else -1)]
 
 
 def results_of(folder: Path) -> dict[str, Any]:
@@ -215,12 +213,18 @@ def results_of(folder: Path) -> dict[str, Any]:
 def over_seeds(table: Any) -> Any:
     """The results of each cell of a `tidy` frame as texts: mean and sample standard deviation over the seeds.
 
-    A run and its copy count once.
+    Clients that are out are counted over all seeds, and so are the runs in which honest ones are; see `counted`. A run
+    and its copy count once.
     """
     shown = {name: about for name, about in TABLED.items() if name in table}
     runs = table[table.complete].drop_duplicates(["row", "column", "seed"]).astype(dict.fromkeys(shown, float))
     groups = runs.groupby(["row", "column"], sort=False)
     texts = groups.size().to_frame("seeds")
+    for heading, (name, number) in COUNTED.items():
+        of = number(runs).groupby([runs.row, runs.column], sort=False).sum()
+        texts[heading] = [counted(*numbers) for numbers in zip(groups[name].sum(), of)]
+    lost = (runs.false_exclusions > 0).groupby([runs.row, runs.column], sort=False).sum()
+    texts["runs with honest out"] = [counted(*numbers) for numbers in zip(lost, texts.seeds)]
     for name, (heading, decimals) in shown.items():
         texts[heading] = groups[name].apply(in_words, decimals)
     return texts
@@ -267,6 +271,7 @@ def heading(name: str, table: Any, command: str) -> str:
         f"# {name}: {EXPERIMENTS[name].about}\n\n"
         f"`{command}`; {', '.join(table.data.unique())}; {table.rounds.max()} rounds; seeds {seeds}; "
         f'commit {commits}{dirty}. Mean ± sample standard deviation over the seeds. "(of N)": averaged over the N runs '
-        f"that have this value. Losses and accuracies are means over the last {span(table)} rounds, "
+        f"that have this value. Counts are those of all seeds, with the 95 % interval of their rate (Wilson). "
+        f"Losses and accuracies are means over the last {span(table)} rounds, "
         f"without rounds before the last exclusion.{ended}"
     )

@@ -15,7 +15,7 @@ import numpy as np
 
 from harness.console import say
 from harness.drawing import COLOURS, HONEST, band, bundles, new_figure, prepare
-from harness.runs import JUMP_PARTS, METRICS, OTHERS, Run, read_grid, span, title, titled
+from harness.runs import JUMP_PARTS, METRICS, OTHERS, Run, counted, read_grid, span, title, titled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -152,22 +152,30 @@ def grid_figures(path: Path) -> Iterator[tuple[str, Figure]]:
         return
     seeds = ", ".join(map(str, sorted(table["seed"].unique())))
     data, rounds = (" and ".join(map(str, table[name].unique())) for name in ("data", "rounds"))
-    metric, share = f"last {span(table)} of {rounds} rounds, mean ± standard deviation", f"after {rounds} rounds, mean"
+    metric, share = (
+        f"last {span(table)} of {rounds} rounds, mean ± standard deviation",
+        f"after {rounds} rounds, counts with 95 % intervals",
+    )
     for name, heading in (METRICS | {"right": "Share of clients judged correctly, and who was excluded"}).items():
         about = f"{data}, {share if name == 'right' else metric} over seeds {seeds}"
-        figure, ax = new_figure(height=2 + 0.42 * rows, width=max(8, 3.5 + 0.85 * columns))
+        height, width = (0.75, 1.15) if name == "right" else (0.42, 0.85)  # inches of a cell
+        figure, ax = new_figure(height=2 + height * rows, width=max(8, 3.5 + width * columns))
         plot_grid(ax, table, name, cell_texts(table, name))
         figure.suptitle(titled(heading, about), fontsize="medium", x=0.02, ha="left")
         yield f"grid-{'exclusions' if name == 'right' else name}", figure
 
 
 def cell_texts(table: Any, name: str) -> Any:
-    """By (row, column): the mean and deviation of a metric, or for `right` the mean numbers of excluded clients."""
+    """By (row, column): the mean and deviation of a metric, or for `right` the excluded clients of all seeds."""
     groups = table.groupby(["row", "column"])
     if name == "right":
-        counts = ("true_exclusions", "attackers", "false_exclusions")
-        out, of, honest = (groups[count].mean().map("{:.3g}".format) for count in counts)
-        attackers = (out + " of " + of + " out,\n").where(of != "0", "no attacker,\n")
-        return attackers + honest + " honest out"
+        sums = groups[["true_exclusions", "attackers", "false_exclusions", "clients"]].sum()
+
+        def text(run: Any) -> str:
+            attackers = counted(run.true_exclusions, run.attackers) or "no attacker"
+            honest = counted(run.false_exclusions, run.clients - run.attackers)
+            return f"{attackers}\nhonest {honest}".replace(" (", " out\n(")
+
+        return sums.apply(text, axis=1)
     mean, deviation = groups[name].mean(), groups[name].std()
     return mean.map("{:.3f}".format) + deviation.map("\n± {:.3f}".format).where(deviation.notna(), "")

@@ -87,7 +87,8 @@ def test_the_options_given_hold_in_every_cell():
 
 def table(*losses: float, **columns) -> pd.DataFrame:
     """The table that `tidy` makes from the runs of one cell with these losses."""
-    cell = {"row": "a", "column": "b", "complete": True, "precision": None}
+    cell = {"row": "a", "column": "b", "complete": True, "precision": None, "clients": 10, "attackers": 2}
+    cell |= {"true_exclusions": 2, "false_exclusions": 0}
     return pd.DataFrame([cell | {"seed": seed, "loss": loss} for seed, loss in enumerate(losses)]).assign(**columns)
 
 
@@ -99,7 +100,10 @@ def test_seeds_are_summed_up_by_hand(capsys):
     runs = table(0.5, 0.7, 9.0, complete=[True, True, False], true_exclusions=[2, 1, 0], averaged=[4, 10, 1])
     runs["data"] = "phantom images"
     (texts,) = over_seeds(runs).to_dict("records")
-    assert texts == {"seeds": 2, "loss": "0.600 ± 0.141", "precision": "", "attackers out": "1.5 ± 0.7"}
+    # Wilson's interval of 3 of 4 is (3 + z^2/2 ± z sqrt(3/4 + z^2/4)) / (4 + z^2) with z = 1.96: 0.30 to 0.95.
+    counts = {"attackers out": "3 of 4 (30-95 %)", "honest out": "0 of 16 (0-19 %)"}
+    counts |= {"runs with honest out": "0 of 2 (0-66 %)"}  # z^2 / (2 + z^2)
+    assert texts == {"seeds": 2, "loss": "0.600 ± 0.141", "precision": ""} | counts
     assert over_seeds(table(0.5)).loss.tolist() == ["0.500"]  # one seed has no standard deviation
     missed = pd.Series([3.0, 4.0, np.nan])
     assert [experiments.in_words(missed[start:], 1) for start in (0, 1, 2)] == ["3.5 ± 0.7 (of 2)", "4.0 (of 1)", ""]
@@ -110,7 +114,9 @@ def test_seeds_are_summed_up_by_hand(capsys):
         "",
         "phantom images; last 4 to 10 rounds: mean ± standard deviation over seeds",
         "a, 2 seeds",
-        "             attackers out         1.5 ± 0.7",
+        "             attackers out         3 of 4 (30-95 %)",
+        "             honest out            0 of 16 (0-19 %)",
+        "             runs with honest out  0 of 2 (0-66 %)",
         "             loss                  0.600 ± 0.141",
     ]
 
@@ -148,10 +154,10 @@ def test_a_run_s_means_start_at_its_last_exclusion(returned, tmp_path):
 
 
 def test_a_table_in_markdown_by_hand():
-    assert experiments.markdown(over_seeds(table(0.5)).drop(columns="precision"), "# T").splitlines() == [
+    assert experiments.markdown(over_seeds(table(0.5))[["seeds", "loss"]], "# T").splitlines() == [
         "# T", "", "| row | column | seeds | loss |", "| --- | --- | --- | --- |", "| a | b | 1 | 0.500 |",
     ]  # fmt: skip
-    single = over_seeds(table(0.5, column="")).drop(columns="precision")
+    single = over_seeds(table(0.5, column=""))[["seeds", "loss"]]
     assert experiments.markdown(single, "").splitlines()[2:] == [
         "| row | seeds | loss |", "| --- | --- | --- |", "| a | 1 | 0.500 |",
     ]  # fmt: skip
@@ -184,7 +190,7 @@ def test_an_experiment_writes_its_tables(quick, grid, tmp_path, capsys):
     )
     assert "seeds 0, 1; commit " in text and "over the last 3 to 4 rounds, without rounds before" in text
     assert "\ntwo by one; phantom images; last 3 to 4 rounds, mean" in out
-    assert list(runs.columns[-2:]) == ["averaged", "last_exclusion"]
+    assert list(runs.columns[-5:]) == ["averaged", "last_exclusion", "strength", "burst", "spread"]
     assert text.count("| MAD from 2 |") == 2
     resumed = next(path for path in (tmp_path / "grid").glob("*s1/config.json"))
     about = json.loads(resumed.read_text())
@@ -288,7 +294,16 @@ def test_each_experiment_has_a_folder_of_its_own(tmp_path):
 
 def outcome(name: str, seed: int, true: int, out: float, honest: float, **columns) -> dict:
     """A row of a `tidy` frame."""
-    found = {"row": name, "column": "", "seed": seed, "attackers": 2, "complete": True, "last": 100, "averaged": 10}
+    found = {
+        "row": name,
+        "column": "",
+        "seed": seed,
+        "attackers": 2,
+        "clients": 10,
+        "complete": True,
+        "last": 100,
+        "averaged": 10,
+    }
     found |= {"true_exclusions": true, "false_exclusions": 0, "last_exclusion": out, "data": "PneumoniaMNIST"}
     return found | {"honest_accuracy": honest, "test_accuracy": 0.85} | columns
 
@@ -348,14 +363,14 @@ def test_the_table_of_a_grid_has_a_line_per_cell(capsys):
     assert capsys.readouterr().out.splitlines() == [
         "",
         "two by two; PneumoniaMNIST; last 10 rounds, mean ± standard deviation over seeds",
-        "                attackers  honest    honest      test",
-        "         seeds        out     out  accuracy  accuracy",
+        "                        attackers           honest    honest      test",
+        "         seeds                out              out  accuracy  accuracy",
         "iid",
-        "  never      1        2.0     0.0     0.900     0.850",
-        "  MAD        1        2.0     0.0     0.900     0.850",
+        "  never      1  2 of 2 (34-100 %)  0 of 8 (0-32 %)     0.900     0.850",
+        "  MAD        1  2 of 2 (34-100 %)  0 of 8 (0-32 %)     0.900     0.850",
         "dirichlet",
-        "  never      1        2.0     0.0     0.900     0.850",
-        "  MAD        1        2.0     0.0     0.900     0.850",
+        "  never      1  2 of 2 (34-100 %)  0 of 8 (0-32 %)     0.900     0.850",
+        "  MAD        1  2 of 2 (34-100 %)  0 of 8 (0-32 %)     0.900     0.850",
     ]
 
 

@@ -136,7 +136,7 @@ def test_a_grid_by_hand(tmp_path):
     table = runs.read_grid(write_grid(tmp_path / "table.csv"))
     assert table.groupby("row")["right"].mean().to_dict() == {"never": 0.8, "MAD": pytest.approx(0.95)}
     assert figures.cell_texts(table, "honest_accuracy")["MAD", "flip"] == "0.550\n± 0.071"
-    assert figures.cell_texts(table, "right")["MAD", "noise"] == "2 of 2 out,\n0.5 honest out"
+    assert figures.cell_texts(table, "right")["MAD", "noise"] == "4 of 4 out\n(51-100 %)\nhonest 1 of 16 out\n(1-28 %)"
     ax = new_ax()
     figures.plot_grid(ax, table, "right", figures.cell_texts(table, "right"))
     assert ax.images[0].get_array().tolist() == [[0.8, 0.8], [pytest.approx(0.95)] * 2]

@@ -41,6 +41,7 @@ from trust import Array, Settings, State, main_cluster, squared_distances
 
 ROUND_COLUMNS = ["round", "loss", "accuracy", "honest_loss", "honest_accuracy"]
 ROUND_COLUMNS += ["test_loss", "test_accuracy", "test_sensitivity", "test_specificity", "test_auc", "active"]
+ROUND_COLUMNS += ["honest_image_accuracy"]
 CLIENT_COLUMNS = ["round", "client", "malicious", "active", "distance", "d", "reputation", "trust"]
 CLIENT_COLUMNS += ["train_loss", "loss", "accuracy"]
 MEMBERSHIP_COLUMNS = ["round", "test_advantage", "test_error", "test_chance"]
@@ -163,12 +164,14 @@ class Log:
         loss, accuracy, test = metrics
         who, honest = scores.active, ~self.members.malicious
         means = [rounded(v[m].mean()) for m in (who, honest) for v in (loss, accuracy)]  # the curves of Fig. 3
+        images = np.bincount(self.members.owner)  # [C] validation images
+        by_image = rounded(np.average(accuracy[honest], weights=images[honest]))
         columns = (scores.distance, scores.d, scores.reputation, scores.trust, train_loss, loss, accuracy)
         rows = [
             [t, client, int(self.members.malicious[client]), int(who[client]), *map(rounded, values)]
             for client, values in enumerate(zip(*columns))
         ]
-        self.rounds.append([[t, *means, *map(rounded, test.values()), int(who.sum())]])
+        self.rounds.append([[t, *means, *map(rounded, test.values()), int(who.sum()), by_image]])
         self.clients.append(rows)
         if self.membership and t % self.membership.every == 0:
             received = self.last[0]  # the model that the clients received in this round

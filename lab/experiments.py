@@ -17,18 +17,23 @@ from lab.rules import RULES
 LAST = 10  # ours: the largest number of last rounds over which a table takes the means of a run
 DETECTION = ("true_exclusions", "false_exclusions", "precision", "recall", "rounds_to_detection")
 # These columns come last, in this order, also if a later run has more columns than the first
-NEWEST = ("averaged", "last_exclusion", "strength", "burst", "spread")
+NEWEST = ("averaged", "last_exclusion", "strength", "burst", "spread", "honest_image_accuracy")
 COUNTED = {  # columns of an experiment's Markdown table that count clients, and how many there are
     "attackers out": ("true_exclusions", lambda runs: runs.attackers),
     "honest out": ("false_exclusions", lambda runs: runs.clients - runs.attackers),
 }
 TABLED = {  # its other columns: heading and decimals
     "precision": ("precision", 2), "recall": ("recall", 2), "rounds_to_detection": ("rounds to detection", 1),
-    "loss": ("loss", 3), "honest_accuracy": ("honest accuracy", 3), "test_accuracy": ("test accuracy", 3),
+    "loss": ("loss", 3), "honest_accuracy": ("honest accuracy", 3),
+    "honest_image_accuracy": ("honest accuracy by image", 3),  # where clients differ in size
+    "test_accuracy": ("test accuracy", 3),
     "test_sensitivity": ("test sensitivity", 3), "test_auc": ("test AUC", 3),
     "held_test_advantage": ("advantage held, test", 3),
     "held_validation_advantage": ("advantage held, validation", 3),
 }  # fmt: skip
+
+
+COMPARED = ("honest_accuracy", "test_accuracy", "held_test_advantage", "held_validation_advantage")
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,7 @@ class Experiment:
     rounds: int  # the length that the options of rows and columns refer to
     rows: dict[str, dict]
     columns: dict[str, dict]
+    reference: str | None = None  # the row that the others are compared with; see `differences`
 
     def sets(self) -> set[str]:
         """The names of the options that the experiment sets."""
@@ -52,22 +58,23 @@ class Experiment:
 
         Rows or columns whose rounds become the same have one name then, and are one.
         """
-        rounds = given.get("rounds", self.rounds)
-
-        def scaled(number: int | str) -> int:
-            return max(1, round(int(number) * rounds / self.rounds))
-
-        def named(text: str) -> str:
-            return re.sub(r"\{(\d+)\}", lambda number: str(scaled(number[1])), text)
-
-        found = {}
+        rounds, found = given.get("rounds", self.rounds), {}
         for row, column in product(self.rows, self.columns):
             own = self.rows[row] | self.columns[column]
-            own |= {name: scaled(own[name]) for name in ("mad_start", "attack_start", "attack_period") if own.get(name)}
+            starts = [name for name in ("mad_start", "attack_start", "attack_period") if own.get(name)]
+            own |= {name: self.scaled(own[name], rounds) for name in starts}
             if own.get("membership"):
                 own["membership"] = max(1, min(own["membership"], rounds))
-            found[named(row), named(column)] = given | {"rounds": rounds} | own
+            found[self.named(row, rounds), self.named(column, rounds)] = given | {"rounds": rounds} | own
         return found
+
+    def scaled(self, number: int | str, rounds: int) -> int:
+        """A number of rounds in an experiment of another length."""
+        return max(1, round(int(number) * rounds / self.rounds))
+
+    def named(self, text: str, rounds: int) -> str:
+        """The name of a row or column in an experiment of another length."""
+        return re.sub(r"\{(\d+)\}", lambda number: str(self.scaled(number[1], rounds)), text)
 
 
 def mad_from(*starts: int | None) -> dict[str, dict]:
@@ -139,6 +146,7 @@ EXPERIMENTS = {
         {f"mean, {name}": {"rule": "mean"} | options for name, options in mad_from(None, 5).items()}
         | {name: {"rule": name, "mad_start": None} for name in RULES if name != "mean"},
         HONEST | ATTACKED,
+        reference="mean, MAD from {5}",
     ),
     "noniid": Experiment(
         "non-IID clients, which differ in size and labels",
@@ -160,6 +168,7 @@ EXPERIMENTS = {
         600,
         mad_from(10, 500, None),
         {"": {"membership": 10}},
+        reference="MAD from {10}",
     ),
 }
 PAPER = ("fig3a", "fig3c")  # --experiment paper
@@ -217,6 +226,8 @@ def over_seeds(table: Any) -> Any:
     and its copy count once.
     """
     shown = {name: about for name, about in TABLED.items() if name in table}
+    if "partition" not in table or table["partition"].eq("iid").all():
+        shown.pop("honest_image_accuracy", None)
     runs = table[table.complete].drop_duplicates(["row", "column", "seed"]).astype(dict.fromkeys(shown, float))
     groups = runs.groupby(["row", "column"], sort=False)
     texts = groups.size().to_frame("seeds")
@@ -228,6 +239,33 @@ def over_seeds(table: Any) -> Any:
     for name, (heading, decimals) in shown.items():
         texts[heading] = groups[name].apply(in_words, decimals)
     return texts
+
+
+def differences(table: Any, reference: str) -> Any:
+    """How the rows of a `tidy` frame differ from the `reference` row, as texts, one row per cell.
+
+    For each of the COMPARED, the differences of runs with the same column and seed are taken: their mean and its 95 %
+    interval (Student's t). A shared seed means the same split, weights and batches, so the differences vary less than
+    the values.
+    """
+    runs = table[table.complete].drop_duplicates(["row", "column", "seed"])
+    runs = runs.set_index(["row", "column", "seed"])[[name for name in COMPARED if name in table]].astype(float)
+    others = runs[runs.index.get_level_values("row") != reference]
+    changes = others - runs.loc[reference].reindex(others.index.droplevel("row")).to_numpy()
+    groups = changes.groupby(["row", "column"], sort=False)
+    return groups.agg(mean_and_interval).rename(columns={name: TABLED[name][0] for name in changes})
+
+
+def mean_and_interval(values: Any) -> str:
+    """The mean of a pandas column and its 95 % interval (Student's t): "0.003 (-0.001 to 0.007)"."""
+    from scipy.stats import t
+
+    known = values.dropna()
+    if len(known) < 2:
+        return "" if known.empty else f"{known.mean():.3f}"
+    interval = t.interval(0.95, len(known) - 1, known.mean(), known.sem() or 1e-300)
+    mean, low, high = (f"{round(value, 3) + 0.0:.3f}" for value in (known.mean(), *interval))  # no -0.000
+    return f"{mean} ({low} to {high})"
 
 
 def in_words(values: Any, decimals: int) -> str:
@@ -255,6 +293,11 @@ def tabulate(folder: Path, cells: list[tuple[Path, str, str]], command: str = ""
         replace_file(folder / "table.csv", table.to_csv(index=False).encode())
         if command:
             text = markdown(over_seeds(table), heading(folder.name, table, command))
+            experiment = EXPERIMENTS[folder.name]
+            if experiment.reference:
+                reference = experiment.named(experiment.reference, int(table.rounds.max()))
+                about = f"Differences from {reference}, paired over seeds: mean and 95 % interval (Student's t)."
+                text += "\n" + markdown(differences(table, reference), about)
             replace_file(folder / "table.md", text.encode())
     return table
 

@@ -153,6 +153,21 @@ def test_a_run_s_means_start_at_its_last_exclusion(returned, tmp_path):
     assert run["fluctuation"] == pytest.approx(0.05 * 2**0.5, rel=1e-5)
 
 
+def test_differences_are_paired_over_seeds_by_hand():
+    """Of the seeds 0, 1, 2 the row b is 0.01, 0.02 and 0.03 better. The seed 9 has no partner, one run is not complete.
+
+    The standard error is 0.01 / sqrt 3, and Student's t with 2 degrees of freedom 4.303: 0.020 ± 0.0248.
+    """
+    values = {"a": {0: 0.5, 1: 0.7, 2: 0.6}, "b": {0: 0.51, 1: 0.72, 2: 0.63, 9: 0.99}, "c": {0: 0.5}}
+    rows = [{"row": row, "column": "x", "seed": seed, "complete": True, "honest_accuracy": value}
+            for row, seeds in values.items() for seed, value in seeds.items()]  # fmt: skip
+    rows.append(rows[0] | {"row": "b", "seed": 1, "complete": False, "honest_accuracy": 0.0})
+    texts = experiments.differences(pd.DataFrame(rows), "a")
+    assert texts.to_dict("index") == {
+        ("b", "x"): {"honest accuracy": "0.020 (-0.005 to 0.045)"}, ("c", "x"): {"honest accuracy": "0.000"},
+    }  # fmt: skip
+
+
 def test_a_table_in_markdown_by_hand():
     assert experiments.markdown(over_seeds(table(0.5))[["seeds", "loss"]], "# T").splitlines() == [
         "# T", "", "| row | column | seeds | loss |", "| --- | --- | --- | --- |", "| a | b | 1 | 0.500 |",
@@ -190,7 +205,7 @@ def test_an_experiment_writes_its_tables(quick, grid, tmp_path, capsys):
     )
     assert "seeds 0, 1; commit " in text and "over the last 3 to 4 rounds, without rounds before" in text
     assert "\ntwo by one; phantom images; last 3 to 4 rounds, mean" in out
-    assert list(runs.columns[-5:]) == ["averaged", "last_exclusion", "strength", "burst", "spread"]
+    assert list(runs.columns[-6:]) == list(experiments.NEWEST)
     assert text.count("| MAD from 2 |") == 2
     resumed = next(path for path in (tmp_path / "grid").glob("*s1/config.json"))
     about = json.loads(resumed.read_text())

@@ -17,15 +17,30 @@ from harness import log
 from harness.folder import plain
 from harness.jobs import rounds_bar, usable_cores
 from harness.log import jump, plane, summarise
-from madsim import Config, simulate
+from madsim import Config, gather, simulate
 from trust import Settings
 
 ROUNDS_CSV = (
     "round,loss,accuracy,honest_loss,honest_accuracy,"
-    "test_loss,test_accuracy,test_sensitivity,test_specificity,test_auc,active"
+    "test_loss,test_accuracy,test_sensitivity,test_specificity,test_auc,active,honest_image_accuracy"
 )
 CLIENTS_CSV = "round,client,malicious,active,distance,d,reputation,trust,train_loss,loss,accuracy"
 PAPER = Settings()
+
+
+def test_accuracies_are_means_over_clients_and_over_images(small):
+    """With `quantity`, clients have 1 to some 20 validation images, so the two differ."""
+    config = Config(rounds=2, clients=6, malicious=0.34, partition="quantity")
+    run, members = simulate(config, dataset=small), gather(config, small)
+    images = np.array([len(share.validation) for share in members.shares])
+    for t in (1, 2):
+        of = run.clients[run.clients["round"] == t]
+        honest = (of.malicious == 0).to_numpy()
+        by_image = (of.accuracy * images)[honest].sum() / images[honest].sum()
+        row = run.rounds[run.rounds["round"] == t].iloc[0]
+        assert row.honest_accuracy == pytest.approx(of.accuracy[honest].mean(), abs=1e-5)
+        assert row.honest_image_accuracy == pytest.approx(by_image, abs=1e-5)
+    assert len(set(images)) > 1 and abs(row.honest_image_accuracy - row.honest_accuracy) > 1e-4
 
 
 def test_a_runs_folder(small, tmp_path):

@@ -304,7 +304,7 @@ def test_a_data_root_that_is_a_file_gets_one_line(capsys, tmp_path):
 @pytest.mark.slow
 def test_a_rule_that_mad_leaves_too_few_clients_ends_in_one_line_that_names_the_round(capsys, tmp_path, quick):
     """Plain min-max excludes clients in each round until Krum has fewer than 3. The earlier rounds are kept."""
-    words = "--rounds 9 --mad-start 1 --clients 5 --malicious 0 --clusters 1 --scale-floor 0 --rule krum"
+    words = "--rounds 9 --mad-start 2 --clients 5 --malicious 0 --clusters 1 --scale-floor 0 --rule krum"
     line = refusal(capsys, *words.split(), "--dataset", "phantom", "--out", tmp_path)
     t = int(re.search(r"madsim: round (\d+): krum needs 3 clients to withstand 0 malicious ones", line)[1])
     (folder,) = tmp_path.iterdir()

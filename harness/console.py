@@ -19,6 +19,7 @@ from harness.folder import script, unfinished
 
 INDENT = " " * 13  # of the texts beside the labels of a report
 RENAMED = {"--alpha-reputation": "--alpha", "--alpha": "--concentration"}  # options of earlier versions, and now
+OVER_SEEDS = "mean ± standard deviation over seeds; counts with 95 % intervals"
 UNBROKEN = "\0"  # stands for a space that may not become the end of a line; no path and no argument can hold it
 
 
@@ -239,7 +240,7 @@ def report_cells(about: str, table: Any) -> None:
 
     texts = over_seeds(table).astype(str)
     print()
-    say(f"{about}; {data_of(table)}; last {span(table)} rounds, mean ± standard deviation over seeds")
+    say(f"{about}; {data_of(table)}; last {span(table)} rounds, {OVER_SEEDS}")
     heads = ["seeds", "attackers out", "honest out", "honest accuracy", "test accuracy"]
     rows: list[tuple[str, list[str]]] = []
     for (row, column), cells in zip(texts.index, texts[heads].values.tolist()):
@@ -275,7 +276,7 @@ def report_seeds(table: Any) -> None:
     from lab.experiments import over_seeds
 
     print()
-    say(f"{data_of(table)}; last {span(table)} rounds: mean ± standard deviation over seeds")
+    say(f"{data_of(table)}; last {span(table)} rounds: {OVER_SEEDS}")
     for (name, _), texts in over_seeds(table).iterrows():
         print(f"{name}, {texts.pop('seeds')} seeds")
         print("".join(f"             {label:<22}{text}\n" for label, text in texts.items() if text), end="")

@@ -112,7 +112,7 @@ def test_seeds_are_summed_up_by_hand(capsys):
     report_seeds(runs)
     assert capsys.readouterr().out.splitlines() == [
         "",
-        "phantom images; last 4 to 10 rounds: mean ± standard deviation over seeds",
+        "phantom images; last 4 to 10 rounds: mean ± standard deviation over seeds; counts with 95 % intervals",
         "a, 2 seeds",
         "             attackers out         3 of 4 (30-95 %)",
         "             honest out            0 of 16 (0-19 %)",
@@ -377,7 +377,7 @@ def test_the_table_of_a_grid_has_a_line_per_cell(capsys):
     report_cells("two by two", pd.DataFrame(rows))
     assert capsys.readouterr().out.splitlines() == [
         "",
-        "two by two; PneumoniaMNIST; last 10 rounds, mean ± standard deviation over seeds",
+        "two by two; PneumoniaMNIST; last 10 rounds, mean ± standard deviation over seeds; counts with 95 % intervals",
         "                        attackers           honest    honest      test",
         "         seeds                out              out  accuracy  accuracy",
         "iid",

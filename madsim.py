@@ -175,11 +175,11 @@ class Config:
             raise ValueError(
                 f"flip {self.flip} changes nothing, because attack {self.attack} flips no labels; leave it out"
             )
-        attack, useless = ATTACKS[self.attack], []
-        useless += [f"strength {self.strength:g}"] if self.strength is not None and attack.strength is None else []
-        useless += [f"burst {self.burst}"] if self.burst != Config.burst and not attack.bursts else []
-        if useless:
-            raise ValueError(f"{useless[0]} changes nothing with attack {self.attack}; leave it out")
+        attack = ATTACKS[self.attack]
+        for name, useless in (("strength", attack.strength is None), ("burst", not attack.bursts)):
+            value = getattr(self, name)
+            if useless and value != getattr(Config, name):
+                raise ValueError(f"{name} {value:g} changes nothing with attack {self.attack}; leave it out")
         if self.partition == "iid" and self.concentration != Config.concentration:
             raise ValueError(f"concentration {self.concentration} changes nothing with partition iid; leave it out")
 

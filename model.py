@@ -467,15 +467,14 @@ def metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
     margin, truth = (logits[:, 1] - logits[:, 0]).double().cpu().numpy(), labels.cpu().numpy() == 1
     right = (margin > 0) == truth
     if both := truth.any() and not truth.all() and np.isfinite(margin).all():
-        greater = mannwhitneyu(
-            margin[truth], margin[~truth], method="asymptotic"
-        ).statistic  # the pairs in the right order
+        # Of all pairs of a pneumonia and a normal image, those in the right order
+        right_pairs = mannwhitneyu(margin[truth], margin[~truth], method="asymptotic").statistic
     return {
         "loss": F.cross_entropy(logits, labels).item(),
         "accuracy": float(right.mean()),
         "sensitivity": float(right[truth].mean()) if truth.any() else float("nan"),
         "specificity": float(right[~truth].mean()) if not truth.all() else float("nan"),
-        "auc": float(greater / truth.sum() / (~truth).sum()) if both else float("nan"),
+        "auc": float(right_pairs / truth.sum() / (~truth).sum()) if both else float("nan"),
     }
 
 
@@ -529,6 +528,7 @@ class Clients:
         test_images, self.test_labels = self.tensors(*test)
         self.own = np.concatenate([share.validation for share in shares])
         self.owner = np.repeat(np.arange(len(shares)), [len(share.validation) for share in shares])
+        self.validation_sizes = np.bincount(self.owner)  # [C]
         self.evaluated = torch.cat([test_images, self.images[self.own]])
 
     def tensors(self, images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:

@@ -164,8 +164,7 @@ class Log:
         loss, accuracy, test = metrics
         who, honest = scores.active, ~self.members.malicious
         means = [rounded(v[m].mean()) for m in (who, honest) for v in (loss, accuracy)]  # the curves of Fig. 3
-        images = np.bincount(self.members.owner)  # [C] validation images
-        by_image = rounded(np.average(accuracy[honest], weights=images[honest]))
+        by_image = rounded(np.average(accuracy[honest], weights=self.members.validation_sizes[honest]))
         columns = (scores.distance, scores.d, scores.reputation, scores.trust, train_loss, loss, accuracy)
         rows = [
             [t, client, int(self.members.malicious[client]), int(who[client]), *map(rounded, values)]

@@ -18,10 +18,10 @@ LAST = 10  # ours: the largest number of last rounds over which a table takes th
 DETECTION = ("true_exclusions", "false_exclusions", "precision", "recall", "rounds_to_detection")
 # These columns come last, in this order, also if a later run has more columns than the first
 NEWEST = ("averaged", "last_exclusion", "strength", "burst", "spread", "honest_image_accuracy")
-COUNTED = {  # columns of an experiment's Markdown table that count clients, and how many there are
-    "attackers out": ("true_exclusions", lambda runs: runs.attackers),
-    "honest out": ("false_exclusions", lambda runs: runs.clients - runs.attackers),
-}
+COUNTED = {  # columns of an experiment's Markdown table that count clients or runs: heading, count, and of how many
+    "attackers out": ("true_exclusions", "attackers"), "honest out": ("false_exclusions", "honest"),
+    "runs with honest out": ("lost", "run"),
+}  # fmt: skip
 TABLED = {  # its other columns: heading and decimals
     "precision": ("precision", 2), "recall": ("recall", 2), "rounds_to_detection": ("rounds to detection", 1),
     "loss": ("loss", 3), "honest_accuracy": ("honest accuracy", 3),
@@ -31,9 +31,7 @@ TABLED = {  # its other columns: heading and decimals
     "held_test_advantage": ("advantage held, test", 3),
     "held_validation_advantage": ("advantage held, validation", 3),
 }  # fmt: skip
-
-
-COMPARED = ("honest_accuracy", "test_accuracy", "held_test_advantage", "held_validation_advantage")
+COMPARED = ("honest_accuracy", "test_accuracy", "held_test_advantage", "held_validation_advantage")  # by `differences`
 
 
 @dataclass(frozen=True)
@@ -229,13 +227,11 @@ def over_seeds(table: Any) -> Any:
     if "partition" not in table or table["partition"].eq("iid").all():
         shown.pop("honest_image_accuracy", None)
     runs = table[table.complete].drop_duplicates(["row", "column", "seed"]).astype(dict.fromkeys(shown, float))
+    runs = runs.assign(honest=runs.clients - runs.attackers, lost=runs.false_exclusions > 0, run=1)
     groups = runs.groupby(["row", "column"], sort=False)
     texts = groups.size().to_frame("seeds")
-    for heading, (name, number) in COUNTED.items():
-        of = number(runs).groupby([runs.row, runs.column], sort=False).sum()
-        texts[heading] = [counted(*numbers) for numbers in zip(groups[name].sum(), of)]
-    lost = (runs.false_exclusions > 0).groupby([runs.row, runs.column], sort=False).sum()
-    texts["runs with honest out"] = [counted(*numbers) for numbers in zip(lost, texts.seeds)]
+    for heading, (count, of) in COUNTED.items():
+        texts[heading] = [counted(*numbers) for numbers in zip(groups[count].sum(), groups[of].sum())]
     for name, (heading, decimals) in shown.items():
         texts[heading] = groups[name].apply(in_words, decimals)
     return texts
@@ -263,7 +259,8 @@ def mean_and_interval(values: Any) -> str:
     known = values.dropna()
     if len(known) < 2:
         return "" if known.empty else f"{known.mean():.3f}"
-    interval = t.interval(0.95, len(known) - 1, known.mean(), known.sem() or 1e-300)
+    error = known.sem() or 1e-300  # with 0, scipy gives NaN
+    interval = t.interval(0.95, len(known) - 1, known.mean(), error)
     mean, low, high = (f"{round(value, 3) + 0.0:.3f}" for value in (known.mean(), *interval))  # no -0.000
     return f"{mean} ({low} to {high})"
 

@@ -152,10 +152,8 @@ def grid_figures(path: Path) -> Iterator[tuple[str, Figure]]:
         return
     seeds = ", ".join(map(str, sorted(table["seed"].unique())))
     data, rounds = (" and ".join(map(str, table[name].unique())) for name in ("data", "rounds"))
-    metric, share = (
-        f"last {span(table)} of {rounds} rounds, mean ± standard deviation",
-        f"after {rounds} rounds, counts with 95 % intervals",
-    )
+    metric = f"last {span(table)} of {rounds} rounds, mean ± standard deviation"
+    share = f"after {rounds} rounds, counts with 95 % intervals"
     for name, heading in (METRICS | {"right": "Share of clients judged correctly, and who was excluded"}).items():
         about = f"{data}, {share if name == 'right' else metric} over seeds {seeds}"
         height, width = (0.75, 1.15) if name == "right" else (0.42, 0.85)  # inches of a cell

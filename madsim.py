@@ -60,7 +60,8 @@ def simulate(
     clients = gather(config, dataset)
     rule, f = RULES[config.rule], clients.malicious.sum()
     with Log(config, dataset, clients, out, resume, bar) as log:
-        w, scores = log.begin(initial_weights(config.seed).numpy(), initial_state(config.clients))
+        w = initial_weights(config.seed, config.initial_weights).numpy()  # [P]
+        w, scores = log.begin(w, initial_state(config.clients))
         for t in range(scores.round + 1, config.rounds + 1):
             asked = scores.active | (config.settings.excluded == "observed")
             W, train_loss = clients.train(w, asked, t)  # [C, P]   local training, all clients at once
@@ -140,6 +141,9 @@ class Config:
     epochs: int = setting(1, "local epochs per round", "testbed", low=1, high=100)
     batch_size: int = setting(20, "images per local step", "testbed", low=1)
     lr: float = setting(1e-3, "learning rate of Adam", "testbed", low=0, high=1e30)  # float32 ends at 3e38
+    initial_weights: str = setting(
+        "pytorch", "PyTorch's own, or those of a later copy of the testbed", "testbed", choices=("pytorch", "kaiming")
+    )
     membership: int | None = setting(
         None, "measure membership inference every N rounds (default: never)", "ours", low=1
     )

@@ -120,17 +120,23 @@ class Network(nn.Module):
         return self.output(x)  # [B, 2]
 
 
-def initial_weights(seed: int) -> Tensor:
-    """PyTorch's own initialisation of the network as one row of weights w [P], determined by the seed.
+def initial_weights(seed: int, kind: str = "pytorch") -> Tensor:
+    """The first weights of the network as one row w [P], drawn uniformly and determined by the seed.
 
-    The random numbers come from a generator of their own, so other threads and the caller's generator do not matter.
+    `kind` "pytorch" is PyTorch's own initialisation: weights and biases lie within 1 / sqrt(inputs). "kaiming" is that
+    of a later copy of the testbed: sqrt(6 / inputs) for convolutions (He et al. 2015), sqrt(6 / (inputs + outputs)) for
+    linear layers (Glorot and Bengio 2010), and no biases. The random numbers come from a generator of their own, so
+    other threads and the caller's generator do not matter.
     """
     generator = torch.Generator().manual_seed(seed)
     w = torch.empty(PARAMETERS, dtype=torch.float32, device="cpu")
     bound = 0.0
     for name, part in parts_of(w).items():
-        if name.endswith("weight"):
-            bound = part[0].numel() ** -0.5  # PyTorch draws weights and biases from -bound to bound
+        is_weight, inputs = name.endswith("weight"), part[0].numel()
+        if kind == "kaiming":
+            bound = is_weight * (6 / (inputs if name.startswith("conv") else inputs + len(part))) ** 0.5
+        elif is_weight:
+            bound = inputs**-0.5  # of the biases of the layer too
         part.uniform_(-bound, bound, generator=generator)
     return w
 
@@ -214,7 +220,7 @@ PARAMETERS = sum(shape.numel() for shape in SHAPES.values())
 
 
 def maxima_pooled(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The numbers of `convolve_pool` in half of the time, for evaluation. Where elements tie, its gradients differ."""
+    """The values of `convolve_pool`, up to rounding, in half of the time. Where elements tie, its gradients differ."""
     z = F.conv2d(x, weight)
     z = torch.maximum(z[..., ::2, :], z[..., 1::2, :])
     return torch.relu(torch.maximum(z[..., ::2], z[..., 1::2]) + bias[:, None, None])  # max(z) + b = max(z + b)

@@ -32,7 +32,8 @@ METRICS = {  # of an experiment, with the titles of their heat maps
 LABELS = ("normal", "pneumonia")  # labels 0 and 1 of the data set
 OF_ATTACKS = ("attack", "malicious", "flip", "attack_start", "attack_period")
 # Labels of runs name these if they differ: the data, fields of config.json, and MAD's settings.
-TELLING = ["data", *OF_ATTACKS, "clients", "partition", "concentration", "rounds", "epochs", "batch_size", "lr"]
+TELLING = ["data", *OF_ATTACKS, "clients", "partition", "concentration", "rounds"]
+TELLING += ["epochs", "batch_size", "lr", "initial_weights"]
 TELLING += ["clusters", "scale_floor", "threshold", "excluded"]
 TITLE_WIDTH = 95  # characters per line below a title: as many as fit beside the axis of the narrowest figure
 SAMPLE_BYTES = 100_000  # the largest accepted samples.npz, unpacked; madsim writes 3678 bytes

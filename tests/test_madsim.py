@@ -55,7 +55,7 @@ def from_trained(trained, phantom):
 
     def run(**options) -> pd.Series:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(model, "initial_weights", lambda seed: torch.from_numpy(trained.weights.copy()))
+            patch.setattr(model, "initial_weights", lambda *_: torch.from_numpy(trained.weights.copy()))
             return simulate(Config(rounds=4, **options), dataset=phantom).rounds.iloc[-1]
 
     return run

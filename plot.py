@@ -28,7 +28,7 @@ from harness import pages
 from harness.console import Parser, as_command, say
 from harness.drawing import HONEST, LINES, band, band_title, bundles, line, new_figure, over_seeds, prepare, save
 from harness.runs import CURVES, LABELS, SCORES, Run, by_start, find_runs, load_run, load_runs, natural, strategy, title  # noqa: F401  for notebooks, as above
-from lab.figures import FIGURES, grid_figures
+from lab.figures import FIGURES, beside_figure, grid_figures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -175,7 +175,9 @@ def figures(runs: Sequence[Run], folder: Path) -> Iterator[tuple[Path, Figure]]:
         members, maps = groups[group], list(grid_figures(folder / group / "table.csv"))
         for name, figure in maps:
             yield group / name, figure
-        if not members and not maps:
+        if beside := beside_figure(folder / group):
+            yield group / "beside", beside
+        if not members and not maps and not beside:
             why = "there are no runs, and a heat map needs several rows and columns"
             say(f"{folder / group}: not drawn, {why}", sys.stderr)
         if len(kinds := bundles(members)) > MOST_LINES:

@@ -4,6 +4,7 @@ A cell of a grid is a set of options as on the command line. Its results are rea
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -17,7 +18,7 @@ from lab.rules import RULES
 LAST = 10  # ours: the largest number of last rounds over which a table takes the means of a run
 DETECTION = ("true_exclusions", "false_exclusions", "precision", "recall", "rounds_to_detection")
 # These columns come last, in this order, also if a later run has more columns than the first
-NEWEST = ("averaged", "last_exclusion", "strength", "burst", "spread", "honest_image_accuracy")
+NEWEST = ["averaged", "last_exclusion", "strength", "burst", "spread", "honest_image_accuracy", "initial_weights"]
 COUNTED = {  # columns of an experiment's Markdown table that count clients or runs: heading, count, and of how many
     "attackers out": ("true_exclusions", "attackers"), "honest out": ("false_exclusions", "honest"),
     "runs with honest out": ("lost", "run"),
@@ -31,6 +32,12 @@ TABLED = {  # its other columns: heading and decimals
     "held_test_advantage": ("advantage held, test", 3),
     "held_validation_advantage": ("advantage held, validation", 3),
 }  # fmt: skip
+SPANNED = {  # columns of `over_spans`: heading and decimals
+    "active": ("active clients", 1), "loss": ("loss", 3), "honest_accuracy": ("honest accuracy", 3),
+    "fluctuation": ("fluctuation", 4),
+    "honest_trust": ("lowest honest trust", 3), "attacker_trust": ("highest attacker trust", 3),
+}  # fmt: skip
+OUTCOME = ["seed", "loss", "honest_loss", "test_loss"]  # two runs of one seed that agree in these are the same run
 COMPARED = ("honest_accuracy", "test_accuracy", "held_test_advantage", "held_validation_advantage")  # by `differences`
 
 
@@ -46,6 +53,7 @@ class Experiment:
     rows: dict[str, dict]
     columns: dict[str, dict]
     reference: str | None = None  # the row that the others are compared with; see `differences`
+    spans: tuple[tuple[int, int], ...] = ()  # of rounds, first and last; see `over_spans`
 
     def sets(self) -> set[str]:
         """The names of the options that the experiment sets."""
@@ -69,6 +77,11 @@ class Experiment:
     def scaled(self, number: int | str, rounds: int) -> int:
         """A number of rounds in an experiment of another length."""
         return max(1, round(int(number) * rounds / self.rounds))
+
+    def scaled_spans(self, rounds: int) -> list[tuple[int, int]]:
+        """The spans in an experiment of another length."""
+        spans = [(self.scaled(first, rounds), self.scaled(last, rounds)) for first, last in self.spans]
+        return list(dict.fromkeys(spans))
 
     def named(self, text: str, rounds: int) -> str:
         """The name of a row or column in an experiment of another length."""
@@ -97,8 +110,25 @@ EXPERIMENTS = {
         100,
         mad_from(5, 20, 40, 60, 80, None) | {"no attack": {"malicious": 0.0}},
         {"": {}},
+        spans=((3, 10), (11, 20), (31, 40), (91, 100)),
     ),
-    "fig3c": Experiment("Fig. 3(c): MAD from early and late in a long run", 1000, mad_from(10, 500), {"": {}}),
+    "fig3c": Experiment(
+        "Fig. 3(c): MAD from early and late in a long run",
+        1000,
+        mad_from(10, 500),
+        {"": {}},
+        spans=((100, 499), (490, 499), (501, 1000)),
+    ),
+    "authors": Experiment(
+        "the preset that follows the authors' testbed, round by round",
+        10,
+        {
+            f"{whose} initial weights": {"preset": "testbed", "mad_start": 5, "initial_weights": kind}
+            for whose, kind in {"PyTorch's": "pytorch", "the later copy's": "kaiming"}.items()
+        },
+        {"": {}},
+        spans=tuple((t, t) for t in range(1, 11)),
+    ),
     "readings": Experiment(
         "different readings of what the paper leaves open",
         60,
@@ -217,6 +247,31 @@ def results_of(folder: Path) -> dict[str, Any]:
     return found | {"last_exclusion": since["round"].iloc[0] if summary["excluded"] else float("nan")}
 
 
+def over_spans(cells: list[tuple[Path, str, str]], spans: Iterable[tuple[int, int]]) -> Any:
+    """A pandas frame with one row per complete run and span of rounds. A span is its first and its last round.
+
+    It has the means of the participants' loss, of the honest clients' accuracy and of the number of active clients, the
+    fluctuation (see `tidy`), the lowest trust of an honest client, and the highest trust of an attacker.
+    """
+    from pandas import DataFrame, read_csv
+
+    rows = []
+    for folder, row, column in cells:
+        if not (folder / "summary.json").is_file() or not read_json(folder / "summary.json")["complete"]:
+            continue
+        cell = {"row": row, "column": column, "seed": read_json(folder / "config.json")["seed"]}
+        tables = [read_csv(folder / name) for name in ("rounds.csv", "clients.csv")]
+        for first, last in spans:
+            rounds, clients = (table[table["round"].between(first, last)] for table in tables)
+            trust = clients.groupby("malicious")["trust"]
+            found = {name: rounds[name].mean() for name in ("loss", "honest_accuracy", "active")}
+            found |= {"fluctuation": rounds["honest_accuracy"].diff().std()}
+            found |= {"honest_trust": trust.min().get(0), "attacker_trust": trust.max().get(1)}
+            span = {"rounds": f"{first} to {last}" if first < last else f"{first}"}
+            rows.append(cell | span | {name: value and rounded(value) for name, value in found.items()})
+    return DataFrame(rows)
+
+
 def over_seeds(table: Any) -> Any:
     """The results of each cell of a `tidy` frame as texts: mean and sample standard deviation over the seeds.
 
@@ -232,9 +287,14 @@ def over_seeds(table: Any) -> Any:
     texts = groups.size().to_frame("seeds")
     for heading, (count, of) in COUNTED.items():
         texts[heading] = [counted(*numbers) for numbers in zip(groups[count].sum(), groups[of].sum())]
-    for name, (heading, decimals) in shown.items():
-        texts[heading] = groups[name].apply(in_words, decimals)
-    return texts
+    return texts.join(means(groups, shown))
+
+
+def means(groups: Any, shown: dict[str, tuple[str, int]]) -> Any:
+    """Mean and deviation of some columns of a pandas group, as texts; `shown` is as TABLED."""
+    from pandas import DataFrame
+
+    return DataFrame({heading: groups[name].apply(in_words, digits) for name, (heading, digits) in shown.items()})
 
 
 def differences(table: Any, reference: str) -> Any:
@@ -283,19 +343,26 @@ def markdown(texts: Any, heading: str) -> str:
 def tabulate(folder: Path, cells: list[tuple[Path, str, str]], command: str = "") -> Any:
     """Write table.csv, one row per run, into the folder of the runs, and return its frame, see `tidy`.
 
-    With the `command` of an experiment, write table.md too, one row per cell. Nothing is written if no run has results.
+    With the `command` of an experiment, write table.md too, one row per cell, and spans.csv if the experiment has
+    spans. Nothing is written if no run has results.
     """
     table = tidy(cells)
-    if not table.empty:
-        replace_file(folder / "table.csv", table.to_csv(index=False).encode())
-        if command:
-            text = markdown(over_seeds(table), heading(folder.name, table, command))
-            experiment = EXPERIMENTS[folder.name]
-            if experiment.reference:
-                reference = experiment.named(experiment.reference, int(table.rounds.max()))
-                about = f"Differences from {reference}, paired over seeds: mean and 95 % interval (Student's t)."
-                text += "\n" + markdown(differences(table, reference), about)
-            replace_file(folder / "table.md", text.encode())
+    if table.empty:
+        return table
+    replace_file(folder / "table.csv", table.to_csv(index=False).encode())
+    if command:
+        experiment, rounds = EXPERIMENTS[folder.name], int(table.rounds.max())
+        parts = [markdown(over_seeds(table), heading(folder.name, table, command))]
+        spans = over_spans(cells, experiment.scaled_spans(rounds))
+        if not spans.empty:
+            replace_file(folder / "spans.csv", spans.to_csv(index=False).encode())
+            groups = spans.groupby(["row", "column", "rounds"], sort=False)
+            parts.append(markdown(means(groups, SPANNED), "Single rounds, or means over spans of rounds."))
+        if experiment.reference:
+            reference = experiment.named(experiment.reference, rounds)
+            about = f"Differences from {reference}, paired over seeds: mean and 95 % interval (Student's t)."
+            parts.append(markdown(differences(table, reference), about))
+        replace_file(folder / "table.md", "\n".join(parts).encode())
     return table
 
 
@@ -307,9 +374,12 @@ def heading(name: str, table: Any, command: str) -> str:
     failed = [f"{run.row} {run.column}, seed {run.seed}, after round {run.last}" for run in short.itertuples()]
     ended = f" Ended early: {'; '.join(failed)}." * bool(failed)
     seeds = ", ".join(map(str, sorted(table.seed.unique())))
+    distinct = len(table.drop_duplicates(OUTCOME))
+    same = f", {distinct} of them distinct (cells can differ in a setting that changes nothing)"
     return (
         f"# {name}: {EXPERIMENTS[name].about}\n\n"
         f"`{command}`; {', '.join(table.data.unique())}; {table.rounds.max()} rounds; seeds {seeds}; "
+        f"{len(table)} runs{same * (distinct < len(table))}; "
         f'commit {commits}{dirty}. Mean ± sample standard deviation over the seeds. "(of N)": averaged over the N runs '
         f"that have this value. Counts are those of all seeds, with the 95 % interval of their rate (Wilson). "
         f"Losses and accuracies are means over the last {span(table)} rounds, "

@@ -1,4 +1,4 @@
-"""Figures beyond the paper: the jump at an exclusion, membership inference, heat maps of experiments.
+"""Figures beyond the paper: the jump at an exclusion, membership inference, heat maps, another system's rounds.
 
 The plot functions take matplotlib Axes, as those of plot.py do. To add a figure that compares the runs of a folder,
 write a function and add an entry to `FIGURES`.
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from harness.console import say
-from harness.drawing import COLOURS, HONEST, band, bundles, new_figure, prepare
+from harness.drawing import COLOURS, HONEST, LINES, band, bundles, line, new_figure, prepare
 from harness.runs import JUMP_PARTS, METRICS, OTHERS, Run, counted, read_grid, span, title, titled
 
 if TYPE_CHECKING:
@@ -177,3 +177,44 @@ def cell_texts(table: Any, name: str) -> Any:
         return sums.apply(text, axis=1)
     mean, deviation = groups[name].mean(), groups[name].std()
     return mean.map("{:.3f}".format) + deviation.map("\n± {:.3f}".format).where(deviation.notna(), "")
+
+
+def plot_beside(ax: Axes, spans: Any, others: Any, column: str, unit: str) -> None:
+    """A `column` of the rows of an experiment by round, and the lines of `others`, the runs of another system.
+
+    `spans` is from `lab.experiments.over_spans`, with spans of one round each. A row is the mean over its seeds, and a
+    band from the least to the greatest of them.
+    """
+    prepare(ax, "", unit)
+    for kind, (row, values) in enumerate(spans.groupby("row", sort=False)):
+        seeds, style = values.groupby("rounds")[column], {"color": COLOURS[kind], "linestyle": LINES[kind % len(LINES)]}
+        line(ax, seeds.mean().index, seeds.mean(), label=f"{row}, {values['seed'].nunique()} seeds", **style)
+        ax.fill_between(seeds.min().index, seeds.min(), seeds.max(), color=COLOURS[kind], alpha=0.2, linewidth=0)
+    for marker, (run, values) in zip("ox+s", others.groupby("run", sort=False)):
+        line(ax, values["round"], values[column], label=run, color="black", linewidth=0.8, marker=marker)
+
+
+def beside_figure(folder: Path) -> Figure | None:
+    """The participants' loss and the honest clients' accuracy of an experiment, beside those of another system.
+
+    The folder holds spans.csv of the experiment, and others.csv of the other system with the columns run, round, loss
+    and honest_accuracy. None if one of them is missing.
+    """
+    import pandas as pd
+
+    if not all((folder / name).is_file() for name in ("spans.csv", "others.csv")):
+        return None
+    units = {"loss": "participants' loss (nats)", "honest_accuracy": "honest clients' accuracy"}
+    kinds = {"row": str, "rounds": int, "run": str, "round": int} | dict.fromkeys(units, float)
+    try:
+        spans = pd.read_csv(folder / "spans.csv", usecols=["row", "rounds", "seed", *units], dtype=kinds)
+        others = pd.read_csv(folder / "others.csv", usecols=["run", "round", *units], dtype=kinds)
+    except (ValueError, OSError) as error:
+        say(f"{folder / 'others.csv'}: not drawn, {' '.join(str(error).split())}", sys.stderr)
+        return None
+    figure, axes = new_figure(rows=2, height=7)
+    for ax, (column, unit) in zip(axes, units.items()):
+        plot_beside(ax, spans, others, column, unit)
+    axes[0].set_xlabel("")
+    figure.suptitle("Round by round; band: from the least to the greatest seed", fontsize="medium", x=0.02, ha="left")
+    return figure

@@ -153,6 +153,36 @@ def test_a_run_s_means_start_at_its_last_exclusion(returned, tmp_path):
     assert run["fluctuation"] == pytest.approx(0.05 * 2**0.5, rel=1e-5)
 
 
+def test_spans_of_rounds_by_hand(tmp_path):
+    """Rounds 1 to 4. In rounds 2 to 4 the accuracy changes by 0.2 and 0.1, with the deviation 0.05 * sqrt 2.
+
+    Client 0 is malicious and is out in round 4, without a score.
+    """
+    rounds = "round,active,loss,honest_accuracy\n1,2,9,0\n2,2,1,0.5\n3,2,2,0.7\n4,1,6,0.8\n"
+    (tmp_path / "rounds.csv").write_text(rounds)
+    trust = ["1,0,1,0.3", "1,1,0,0.9", "2,0,1,0.2", "2,1,0,0.8", "3,0,1,0.1", "3,1,0,1", "4,0,1,", "4,1,0,0.7"]
+    (tmp_path / "clients.csv").write_text("\n".join(["round,client,malicious,trust", *trust, ""]))
+    (tmp_path / "config.json").write_text('{"seed": 7}')
+    (tmp_path / "summary.json").write_text('{"complete": true}')
+    cell = (tmp_path, "a", "b")
+    long, short = experiments.over_spans([cell], [(2, 4), (4, 4)]).to_dict("records")
+    assert long == {
+        "row": "a", "column": "b", "seed": 7, "rounds": "2 to 4", "loss": 3.0, "honest_accuracy": 0.666667,
+        "active": 1.66667, "fluctuation": pytest.approx(0.05 * 2**0.5, rel=1e-5),
+        "honest_trust": 0.7, "attacker_trust": 0.2,
+    }  # fmt: skip
+    assert (short["rounds"], short["loss"], short["honest_trust"]) == ("4", 6.0, 0.7)
+    assert np.isnan([short["fluctuation"], short["attacker_trust"]]).all()
+    (tmp_path / "summary.json").write_text('{"complete": false}')
+    assert experiments.over_spans([cell, (tmp_path / "none", "a", "b")], [(1, 1)]).empty
+
+
+def test_spans_become_shorter_with_the_experiment():
+    assert EXPERIMENTS["fig3a"].scaled_spans(100) == [(3, 10), (11, 20), (31, 40), (91, 100)]
+    assert EXPERIMENTS["fig3a"].scaled_spans(20) == [(1, 2), (2, 4), (6, 8), (18, 20)]
+    assert EXPERIMENTS["authors"].scaled_spans(2) == [(1, 1), (2, 2)]
+
+
 def test_differences_are_paired_over_seeds_by_hand():
     """Of the seeds 0, 1, 2 the row b is 0.01, 0.02 and 0.03 better. The seed 9 has no partner, one run is not complete.
 
@@ -176,6 +206,14 @@ def test_a_table_in_markdown_by_hand():
     assert experiments.markdown(single, "").splitlines()[2:] == [
         "| row | seeds | loss |", "| --- | --- | --- |", "| a | 1 | 0.500 |",
     ]  # fmt: skip
+
+
+def test_a_table_says_how_many_runs_are_distinct():
+    """Runs of one seed with equal losses are one run: their cells differ in a setting that changed nothing."""
+    runs = table(0.5, 0.5, 0.6, 0.6, seed=[0, 1, 0, 0], honest_loss=0.2, test_loss=0.3, commit="abc", dirty=False)
+    runs = runs.assign(data="phantom images", rounds=60, averaged=10)
+    assert "; seeds 0, 1; 4 runs, 3 of them distinct (cells can" in experiments.heading("fig3a", runs, "python")
+    assert "; seeds 0, 1; 3 runs; commit abc." in experiments.heading("fig3a", runs[:3], "python")
 
 
 def test_an_experiment_writes_its_tables(quick, grid, tmp_path, capsys):
@@ -203,9 +241,9 @@ def test_an_experiment_writes_its_tables(quick, grid, tmp_path, capsys):
     assert text.startswith(
         "# grid: two by one\n\n`python madsim.py --experiment grid --clients 4 --dataset phantom --seeds 2`;"
     )
-    assert "seeds 0, 1; commit " in text and "over the last 3 to 4 rounds, without rounds before" in text
+    assert "over the last 3 to 4 rounds, without rounds before" in text
     assert "\ntwo by one; phantom images; last 3 to 4 rounds, mean" in out
-    assert list(runs.columns[-6:]) == list(experiments.NEWEST)
+    assert list(runs.columns[-7:]) == experiments.NEWEST
     assert text.count("| MAD from 2 |") == 2
     resumed = next(path for path in (tmp_path / "grid").glob("*s1/config.json"))
     about = json.loads(resumed.read_text())

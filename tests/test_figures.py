@@ -196,6 +196,34 @@ def test_the_table_of_several_runs_takes_no_figure_away(tmp_path, capsys):
     assert "10 kinds of runs are too many" in capsys.readouterr().err
 
 
+def write_beside(folder, spans="rounds", others="loss"):
+    (folder / "spans.csv").write_text(
+        f"row,column,seed,{spans},loss,honest_accuracy\na,,0,1,0.5,0.8\na,,1,1,0.9,0.6\na,,0,2,0.3,0.9\na,,1,2,0.3,0.9\n"
+    )
+    (folder / "others.csv").write_text(f"run,round,{others},honest_accuracy\nthey,1,0.6,0.7\nthey,2,0.4,0.8\n")
+
+
+def test_another_system_is_drawn_beside_an_experiment(tmp_path, capsys):
+    write_beside(tmp_path)
+    (tmp_path / "table.csv").write_text("")
+    drawn = {str(name): figure for name, figure in plot.figures([], tmp_path)}
+    assert [*drawn] == ["beside"]
+    upper, lower = drawn["beside"].axes
+    assert [line.get_label() for line in upper.lines] == ["a, 2 seeds", "they"]
+    assert [line.get_ydata().tolist() for line in upper.lines] == [[pytest.approx(0.7), 0.3], [0.6, 0.4]]
+    band = upper.collections[0].get_paths()[0].vertices
+    assert band[band[:, 0] == 1][:, 1].min() == 0.5 and band[band[:, 0] == 1][:, 1].max() == 0.9
+    assert [line.get_ydata().tolist() for line in lower.lines] == [[pytest.approx(0.7), 0.9], [0.7, 0.8]]
+
+
+@pytest.mark.parametrize("names", [{"spans": "span"}, {"others": "cost"}])
+def test_another_system_with_missing_columns_is_one_line(tmp_path, capsys, names):
+    write_beside(tmp_path, **names)
+    assert figures.beside_figure(tmp_path) is None
+    err = capsys.readouterr().err
+    assert err.startswith(f"{tmp_path / 'others.csv'}: not drawn, ") and err.count("\n") == 1
+
+
 def test_an_experiment_of_one_column_has_no_heat_map(tmp_path):
     write_grid(tmp_path / "table.csv", column="")
     assert list(figures.grid_figures(tmp_path / "table.csv")) == []

@@ -123,6 +123,16 @@ def hug(W: Tensor, w: Tensor, rng: np.random.Generator, honest: Tensor, strength
     return centre + away * (reach / away.norm(dim=1, keepdim=True).clamp(min=SMALL)).clamp(max=1)
 
 
+def copy_nearly(W: Tensor, w: Tensor, rng: np.random.Generator, honest: Tensor, strength: float) -> Tensor:
+    """Ours: all submit the first honest model plus a little noise, so that they and this client are a tight group."""
+    return add_noise(honest[:1].expand_as(W), w, rng, strength) if len(honest) else W
+
+
+def chain(W: Tensor, w: Tensor, rng: np.random.Generator, strength: float) -> Tensor:
+    """Ours: client k enlarges its trained change strength^k times, so that the farthest one hides the others."""
+    return w + strength ** W.new_tensor(range(len(W)))[:, None] * (W - w)
+
+
 ATTACKS: dict[str, Attack] = {
     "label_flip": Attack("trains on flipped labels, both ways: data.flip_labels", flip_labels),
     "one_way_flip": Attack("trains on labels that call pneumonia normal", flip_one_way),
@@ -141,4 +151,8 @@ ATTACKS: dict[str, Attack] = {
     ),
     # Ours: less than the 1.25 spreads of trust.Settings.outlying
     "hug": Attack("flips labels, stays just within what MAD tolerates", flip_labels, hug, True, strength=1.2),
+    # Ours: too small to matter in a model of weights near 0.04
+    "near_copies": Attack("copies an honest model, nearly", submit=copy_nearly, sees_honest=True, strength=1e-4),
+    # Ours: so that each client is out of sight of the next
+    "chain": Attack("flips labels, each enlarges its change more", flip_labels, chain, strength=1000.0),
 }

@@ -100,7 +100,9 @@ def dropped_or_observed(name: str, options: dict) -> dict[str, dict]:
 
 FLIP = {"attack": "label_flip", "flip": 1.0, "malicious": 0.2}
 HONEST = {"no attack": FLIP | {"malicious": 0.0}}
-ATTACKED = {name: FLIP | {"attack": name} for name in ATTACKS if name != "nan"}  # NaN is excluded without any defence
+AT_MAD = ("near_copies", "chain")  # attacks that make sense against MAD alone, in `threats`
+# NaN is excluded without any defence
+ATTACKED = {name: FLIP | {"attack": name} for name in ATTACKS if name not in ("nan", *AT_MAD)}
 MIN_MAX = {"scale_floor": 0.0}
 ALWAYS_GROUPED = {"clusters": 2, "silhouette": -1.0, "outlying": 0.0}  # the smaller cluster is always outlying
 PARTS = {"dirichlet": (10.0, 1.0, 0.5), "quantity": (1.0, 0.5)}
@@ -165,6 +167,16 @@ EXPERIMENTS = {
             "sign_flip, 4 times": FLIP | {"attack": "sign_flip", "strength": 4.0},
             "alie, 40 % malicious": FLIP | {"attack": "alie", "malicious": 0.4},
             "hug, 40 % malicious": FLIP | {"attack": "hug", "malicious": 0.4},
+        },
+        mad_from(None, 10),
+    ),
+    "threats": Experiment(
+        "attacks that know MAD, by more and more clients",
+        60,
+        {
+            f"{name}, {share:.0%} malicious": FLIP | {"attack": name, "malicious": share}
+            for name in ("hug", *AT_MAD)
+            for share in (0.2, 0.3, 0.4)
         },
         mad_from(None, 10),
     ),

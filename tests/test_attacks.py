@@ -38,11 +38,14 @@ def test_ipm_turns_the_average_of_the_papers_clients_and_alie_needs_two():
 
 @pytest.mark.parametrize(
     ("name", "strength", "expected"),
-    [("sign_flip", 4.0, [[1, -3], [-7, -11]]), ("scaled", 2.0, [[1, 3], [5, 7]]), ("alie", 0.0, [[2, 3], [2, 3]]),
+    [("near_copies", 0.0, [[1, 2], [1, 2]]), ("chain", 10.0, [[1, 2], [21, 31]]),
+     ("sign_flip", 4.0, [[1, -3], [-7, -11]]), ("scaled", 2.0, [[1, 3], [5, 7]]), ("alie", 0.0, [[2, 3], [2, 3]]),
      ("ipm", 0.5, [[0.5, 0], [0.5, 0]]), ("noise", 0.0, [[1, 2], [3, 4]])],
 )  # fmt: skip
 def test_the_strength_of_attacks_by_hand(name, strength, expected):
-    """1 - 4 (W - 1); 1 + 2 (W - 1); the means 2 and 3; 1 minus half of the mean changes 1 and 2; no noise."""
+    """In this order: the first honest model, here W; changes 1 and 10 times as large; 1 - 4 (W - 1); 1 + 2 (W - 1);
+    the means 2 and 3; 1 minus half of the mean changes 1 and 2; no noise.
+    """
     found = ATTACKS[name].submissions(TRAINED.clone(), GLOBAL, TRAINED, np.random.default_rng(0), strength)
     assert found.tolist() == expected
 
@@ -100,6 +103,13 @@ def test_hug_by_hand():
 def test_hug_with_nobody_left_to_hide_from_submits_what_it_trained():
     W = torch.tensor([[1.0, 2.0]])
     assert attacks.hug(W, W[0], np.random.default_rng(0), W[:0], 1.2).equal(W)
+
+
+def test_near_copies_differ_a_little_from_each_other():
+    honest = torch.zeros(2, 10_000)
+    copies = ATTACKS["near_copies"].submissions(honest + 1, honest[0], honest, np.random.default_rng(0))
+    assert copies.std(1).tolist() == pytest.approx([1e-4, 1e-4], rel=0.05) and not copies[0].equal(copies[1])
+    assert attacks.copy_nearly(TRAINED, GLOBAL, np.random.default_rng(0), TRAINED[:0], 1.0).equal(TRAINED)
 
 
 def test_an_attack_without_a_submission_submits_what_was_trained():

@@ -66,7 +66,9 @@ def test_cells_are_what_their_names_say():
     assert {name for name, _ in defences} == {"mean, never", "mean, MAD from 5"} | RULES.keys() - {"mean"}
     assert defences["krum", "alie"] == Config(rounds=40, rule="krum", attack="alie")
     assert defences["mean, MAD from 5", "no attack"] == Config(rounds=40, mad_start=5, malicious=0.0)
-    assert {c.attack for c in attacks.values()} == ATTACKS.keys() - {"nan"} == {c.attack for c in defences.values()}
+    elsewhere = {"nan", "near_copies", "chain"}
+    assert {c.attack for c in attacks.values()} == ATTACKS.keys() - elsewhere == {c.attack for c in defences.values()}
+    assert {c.attack for c in cells("threats").values()} == {"hug", "near_copies", "chain"}
     late, on_off = (
         attacks["label_flip from round 15", "never"],
         attacks["label_flip, 2 rounds on, 2 off", "MAD from 5"],

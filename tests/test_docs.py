@@ -1,5 +1,6 @@
 """Tests of the pages: their commands and Python code run, with fewer rounds. Their links, numbers and tests exist."""
 
+import itertools
 import json
 import os
 import re
@@ -172,8 +173,10 @@ def test_links_and_the_tests_that_are_named_are_there(page):
 def test_the_numbers_of_the_replication_are_those_of_its_tables():
     """Every "mean ± deviation" on the page is that of one cell and one column of a docs/results/*/table.csv."""
     known = set()
-    for path in (HERE / "docs" / "results").glob("*/table.csv"):
-        groups = pd.read_csv(path, dtype={"column": str}).fillna({"column": ""}).groupby(["row", "column"])
+    results = HERE / "docs" / "results"
+    for path in (*results.glob("*/table.csv"), *results.glob("*/spans.csv")):
+        table = pd.read_csv(path, dtype={"column": str, "rounds": str}).fillna({"column": ""})
+        groups = table.groupby(["row", "column", "rounds"])
         means, deviations = groups.mean(numeric_only=True), groups.std(numeric_only=True)
         for name in means:
             for mean, deviation in zip(means[name], deviations[name]):
@@ -269,3 +272,24 @@ def test_the_notebook_runs(small, monkeypatch, capsys):
     for cell in cells:
         exec(compile(cell.replace("= 60, 30", "= 6, 3"), "a cell", "exec"), names)
     assert "still there: [0 1 2]" in capsys.readouterr().out
+
+
+def test_the_comparison_with_the_authors_system_is_that_of_its_files():
+    """In how many of ten rounds each run of the testbed lies between the lowest and the highest seed of madsim."""
+    folder, page = HERE / "docs" / "results" / "authors", " ".join(PAGES["docs/replication.md"].split())
+    spans, others = pd.read_csv(folder / "spans.csv"), pd.read_csv(folder / "others.csv")
+    rounds, seeds = spans.set_index(["row", "rounds"]), spans.groupby(["row", "rounds"], sort=False)
+    inside = {}
+    for row, metric in itertools.product(spans["row"].unique(), ("loss", "honest_accuracy")):
+        low, high = (ends.loc[row][metric] for ends in (seeds.min(numeric_only=True), seeds.max(numeric_only=True)))
+        for _, run in others.groupby("run"):
+            values = run.set_index("round")[metric]
+            inside.setdefault((row, metric), []).append(int(values.between(low, high).sum()))
+    assert list(inside.values()) == [[1, 2], [3, 2], [7, 5], [9, 7]]
+    for said in ("in 1 and 2 of 10 rounds", "in 3 and 2.", "in 7 and 5 rounds", "in 9 and 7."):
+        assert said in page
+    assert (spans["active"] == spans["rounds"].map(others[:10].set_index("round")["active"])).all()
+    trust = rounds["honest_trust"][spans["rounds"].ne(1).to_numpy()].min()
+    assert spans["attacker_trust"].max() == others["attacker_trust"].max() == 0 and f"{trust:.2f} in madsim" in page
+    least = rounds["loss"].loc["the later copy's initial weights", 10].min()
+    assert f"{least:.3f} in the lowest seed" in page

@@ -40,19 +40,18 @@ def prepare(ax: Axes, heading: str, unit: str) -> None:
 def bundles(runs: Sequence[Run]) -> list[tuple[dict[str, Any], list[Run]]]:
     """Groups of runs that differ in nothing but their seed, each with the label, colour and style of its line.
 
-    A run and its copy count once.
+    A run and its copy count once. The labels say the number of seeds if it is not the same for all.
     """
     together: dict[str, dict[Any, Run]] = {}
     for run, text in zip(runs, variants(runs)):
         together.setdefault(text, {}).setdefault(run.config.get("seed"), run)
-    seeds = {run.config.get("seed") for run in runs}
+    equal = len({frozenset(by_seed) for by_seed in together.values()}) == 1
     found = []
     for kind, (text, by_seed) in enumerate(together.items()):
         members = list(by_seed.values())
-        if len(members) > 1:
-            text += f", mean of {len(members)} seeds"
-        elif len(seeds) > 1:
-            text += f", seed {members[0].config.get('seed')}"
+        if not equal:
+            single = f", seed {members[0].config.get('seed')}"
+            text += f", mean of {len(members)} seeds" if len(members) > 1 else single
         style = {"label": text, "color": COLOURS[kind % len(COLOURS)], "linestyle": LINES[kind % len(LINES)]}
         found.append((style, members))
     return found
@@ -61,7 +60,7 @@ def bundles(runs: Sequence[Run]) -> list[tuple[dict[str, Any], list[Run]]]:
 def band_title(subject: str, runs: Sequence[Run]) -> str:
     """The `title`, with the meaning of the bands if there are any."""
     banded = any(len(members) > 1 for _, members in bundles(runs))
-    return title(subject, runs, "; band: ± one standard deviation over the seeds" * banded)
+    return title(subject, runs, "; line: mean, band: ± one standard deviation over the seeds" * banded)
 
 
 def over_seeds(members: Sequence[Run], column: str) -> Any:

@@ -10,7 +10,7 @@ import sys
 import textwrap
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -297,9 +297,17 @@ def title(subject: str, runs: Sequence[Run], note: str = "") -> str:
     """`subject`, and below it the data set, rounds and seeds of the runs, and a note."""
     data = " and ".join(dict.fromkeys(run.data for run in runs))
     length = " and ".join(dict.fromkeys(run.length for run in runs))
-    seeds = sorted({run.config["seed"] for run in runs if "seed" in run.config})
-    word = {0: "seed unknown", 1: "seed "}.get(len(seeds), "seeds ")
-    return titled(subject, f"{data}, {length}, {word}{', '.join(map(str, seeds))}{note}")
+    seeds = seeds_in_words(run.config["seed"] for run in runs if "seed" in run.config)
+    return titled(subject, f"{data}, {length}, {seeds}{note}")
+
+
+def seeds_in_words(seeds: Iterable[int]) -> str:
+    """'seed 3', 'seeds 0, 2', 'seeds 0 to 19', or 'seed unknown' if there is none."""
+    each = sorted(set(seeds))
+    if len(each) < 2:
+        return f"seed {each[0]}" if each else "seed unknown"
+    ends = f"{each[0]} to {each[-1]}"
+    return f"seeds {ends if len(each) > 2 and each[-1] - each[0] == len(each) - 1 else ', '.join(map(str, each))}"
 
 
 def titled(subject: str, about: str) -> str:

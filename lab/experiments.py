@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.folder import identity, read_json, replace_file, rounded
-from harness.runs import counted, data_in_words, span, steady
+from harness.runs import counted, data_in_words, seeds_in_words, span, steady
 from lab.attacks import ATTACKS
 from lab.rules import RULES
 
@@ -385,12 +385,11 @@ def heading(name: str, table: Any, command: str) -> str:
     short = table[~table.complete]
     failed = [f"{run.row} {run.column}, seed {run.seed}, after round {run.last}" for run in short.itertuples()]
     ended = f" Ended early: {'; '.join(failed)}." * bool(failed)
-    seeds = ", ".join(map(str, sorted(table.seed.unique())))
     distinct = len(table.drop_duplicates(OUTCOME))
     same = f", {distinct} of them distinct (cells can differ in a setting that changes nothing)"
     return (
         f"# {name}: {EXPERIMENTS[name].about}\n\n"
-        f"`{command}`; {', '.join(table.data.unique())}; {table.rounds.max()} rounds; seeds {seeds}; "
+        f"`{command}`; {', '.join(table.data.unique())}; {table.rounds.max()} rounds; {seeds_in_words(table.seed)}; "
         f"{len(table)} runs{same * (distinct < len(table))}; "
         f'commit {commits}{dirty}. Mean ± sample standard deviation over the seeds. "(of N)": averaged over the N runs '
         f"that have this value. Counts are those of all seeds, with the 95 % interval of their rate (Wilson). "

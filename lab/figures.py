@@ -15,7 +15,7 @@ import numpy as np
 
 from harness.console import say
 from harness.drawing import COLOURS, HONEST, LINES, band, bundles, line, new_figure, prepare
-from harness.runs import JUMP_PARTS, METRICS, OTHERS, Run, counted, read_grid, span, title, titled
+from harness.runs import JUMP_PARTS, METRICS, OTHERS, Run, counted, read_grid, seeds_in_words, span, title, titled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,7 +59,7 @@ def jump_figure(runs: Sequence[Run]) -> Figure | None:
     figure, axes = new_figure(rows=2, height=2.4 + 0.8 * len(rows), sharex=False)
     for ax, name in zip(axes, ("loss", "accuracy")):
         plot_jump(ax, runs, name)
-    note = "; lines: ± one standard deviation over the seeds" * any(len(members) > 1 for _, members in rows)
+    note = "; bars: mean, lines: ± one standard deviation over the seeds" * any(len(members) > 1 for _, members in rows)
     heading = title("Change of the participants' mean loss and accuracy at the first exclusion", runs, note)
     figure.suptitle(heading, fontsize="medium", x=0.02, ha="left")
     return figure
@@ -150,12 +150,11 @@ def grid_figures(path: Path) -> Iterator[tuple[str, Figure]]:
     rows, columns = table["row"].nunique(), table["column"].nunique()
     if rows < 2 or columns < 2:
         return
-    seeds = ", ".join(map(str, sorted(table["seed"].unique())))
     data, rounds = (" and ".join(map(str, table[name].unique())) for name in ("data", "rounds"))
     metric = f"last {span(table)} of {rounds} rounds, mean ± standard deviation"
     share = f"after {rounds} rounds, counts with 95 % intervals"
     for name, heading in (METRICS | {"right": "Share of clients judged correctly, and who was excluded"}).items():
-        about = f"{data}, {share if name == 'right' else metric} over seeds {seeds}"
+        about = f"{data}, {share if name == 'right' else metric} over {seeds_in_words(table['seed'])}"
         height, width = (0.75, 1.15) if name == "right" else (0.42, 0.85)  # inches of a cell
         figure, ax = new_figure(height=2 + height * rows, width=max(8, 3.5 + width * columns))
         plot_grid(ax, table, name, cell_texts(table, name))

@@ -101,7 +101,7 @@ def test_membership_of_one_seed_has_the_bootstraps_band_and_of_several_the_seeds
     figures.plot_membership(ax, [one, two], "validation")
     assert "one standard deviation over the seeds" in ax.get_title("left")
     assert ax.lines[0].get_ydata().tolist() == pytest.approx([0.02, 0.04, 0.04, 0.04])
-    assert ax.lines[0].get_label() == "MAD from round 3, mean of 2 seeds"
+    assert ax.lines[0].get_label() == "MAD from round 3"
 
 
 @pytest.mark.slow

@@ -180,7 +180,11 @@ def test_seeds_are_drawn_as_their_mean_with_a_band(tmp_path):
     (area,) = ax.collections
     heights = area.get_paths()[0].vertices[:, 1]
     assert (heights.max(), heights.min()) == pytest.approx((1 + 0.1 * 2**0.5, 0.2 - 0.1 * 2**0.5))
-    assert heading(ax).endswith("PneumoniaMNIST, 4 rounds, seeds 0, 1; band: ± one standard deviation over the seeds")
+    assert heading(ax).endswith(
+        "PneumoniaMNIST, 4 rounds, seeds 0, 1; line: mean, band: ± one standard deviation over the seeds".replace(
+            "; line", ";\nline"
+        )
+    )
 
 
 def test_a_band_has_the_rounds_that_all_seeds_have(tmp_path):
@@ -192,7 +196,7 @@ def test_a_band_has_the_rounds_that_all_seeds_have(tmp_path):
     assert list(ax.lines[0].get_ydata()) == pytest.approx([0.9, 0.6])  # round 2 is written twice; the last row counts
     ax = new_ax()
     plot.plot_honest_accuracy(ax, [whole, plot.load_run(short)])
-    assert list(lines(ax)["MAD from round 3, mean of 2 seeds"].get_ydata()) == pytest.approx([0.55, 0.7])
+    assert list(lines(ax)["MAD from round 3"].get_ydata()) == pytest.approx([0.55, 0.7])
     assert len(ax.collections) == 1
 
 
@@ -677,3 +681,9 @@ def test_drawing_imports_neither_torch_nor_our_modules_nor_pyplot(tmp_path):
 def test_import_is_light():
     modules = set(run_python("import sys, plot; print(' '.join(sys.modules))").split())
     assert not modules & {"pandas", "matplotlib"}
+
+
+def test_seeds_in_words():
+    assert [runs.seeds_in_words(seeds) for seeds in ([], [3, 3], [1, 0], [2, 0, 1], [0, 2, 3])] == [
+        "seed unknown", "seed 3", "seeds 0, 1", "seeds 0 to 2", "seeds 0, 2, 3",
+    ]  # fmt: skip

@@ -60,7 +60,7 @@ def bundles(runs: Sequence[Run]) -> list[tuple[dict[str, Any], list[Run]]]:
 def band_title(subject: str, runs: Sequence[Run]) -> str:
     """The `title`, with the meaning of the bands if there are any."""
     banded = any(len(members) > 1 for _, members in bundles(runs))
-    return title(subject, runs, "; line: mean, band: ± one standard deviation over the seeds" * banded)
+    return title(subject, runs, "; line: mean, band: ± one standard deviation" * banded)
 
 
 def over_seeds(members: Sequence[Run], column: str) -> Any:

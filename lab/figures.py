@@ -59,7 +59,7 @@ def jump_figure(runs: Sequence[Run]) -> Figure | None:
     figure, axes = new_figure(rows=2, height=2.4 + 0.8 * len(rows), sharex=False)
     for ax, name in zip(axes, ("loss", "accuracy")):
         plot_jump(ax, runs, name)
-    note = "; bars: mean, lines: ± one standard deviation over the seeds" * any(len(members) > 1 for _, members in rows)
+    note = "; bars: mean, lines: ± one standard deviation" * any(len(members) > 1 for _, members in rows)
     heading = title("Change of the participants' mean loss and accuracy at the first exclusion", runs, note)
     figure.suptitle(heading, fontsize="medium", x=0.02, ha="left")
     return figure

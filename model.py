@@ -32,6 +32,7 @@ DROPOUT = (0.3, 0.2)  # testbed: after each of them
 # PyTorch's own defaults
 ADAM: dict[str, Any] = dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, amsgrad=False, maximize=False)
 METHODS = ("stacked", "loop")
+INITIAL_WEIGHTS = ("pytorch", "kaiming")
 BLOCK = 100  # ours, measured: images of all clients that a thread trains at once, at most; more leave its core's cache
 EVALUATED = 140  # ours, measured: images that a thread evaluates at once
 FILLED = 0.1  # ours: the share of the work that may go into filling up short batches
@@ -126,8 +127,10 @@ def initial_weights(seed: int, kind: str = "pytorch") -> Tensor:
     `kind` "pytorch" is PyTorch's own initialisation: weights and biases lie within 1 / sqrt(inputs). "kaiming" is that
     of a later copy of the testbed: sqrt(6 / inputs) for convolutions (He et al. 2015), sqrt(6 / (inputs + outputs)) for
     linear layers (Glorot and Bengio 2010), and no biases. The random numbers come from a generator of their own, so
-    other threads and the caller's generator do not matter.
+    other threads and the caller's generator do not matter. Raises ValueError for another kind.
     """
+    if kind not in INITIAL_WEIGHTS:
+        raise ValueError(f"initial weights {kind!r} are unknown; known: {', '.join(INITIAL_WEIGHTS)}")
     generator = torch.Generator().manual_seed(seed)
     w = torch.empty(PARAMETERS, dtype=torch.float32, device="cpu")
     bound = 0.0

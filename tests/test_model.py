@@ -295,6 +295,11 @@ def test_a_pytorch_without_torchscript_gives_the_same_bytes(images, labels, monk
     assert torch.equal(found[0], right[0]) and torch.equal(found[1], right[1])
 
 
+def test_unknown_initial_weights_list_the_known():
+    with pytest.raises(ValueError, match="'zeros' are unknown; known: pytorch, kaiming"):
+        initial_weights(0, "zeros")
+
+
 def test_an_unknown_method_lists_the_known(images, labels):
     with pytest.raises(ValueError, match="'fast' is unknown; known: stacked, loop"):
         train(images, labels, (20,), "fast")

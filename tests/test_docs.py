@@ -18,8 +18,9 @@ from conftest import part
 import data
 from harness import cli, needs
 from harness.log import MEMBERSHIP_COLUMNS, ROUND_COLUMNS
+from harness.runs import counted
 from lab.attacks import ATTACKS
-from lab.experiments import EXPERIMENTS
+from lab.experiments import EXPERIMENTS, OUTCOME
 from lab.partitions import PARTITIONS
 from lab.rules import RULES
 from trust import PRESETS, Settings
@@ -170,31 +171,31 @@ def test_links_and_the_tests_that_are_named_are_there(page):
         assert f"def {name}(" in tests, name
 
 
-def test_the_numbers_of_the_replication_are_those_of_its_tables():
-    """Every "mean ± deviation" on the page is that of one cell and one column of a docs/results/*/table.csv."""
+@pytest.mark.parametrize("page", ["README.md", "docs/replication.md"])
+def test_the_numbers_of_the_pages_are_those_of_the_tables(page):
+    """Every "mean ± deviation" is that of a cell and a column of a table.csv or spans.csv; every interval is right."""
     known = set()
     results = HERE / "docs" / "results"
     for path in (*results.glob("*/table.csv"), *results.glob("*/spans.csv")):
         table = pd.read_csv(path, dtype={"column": str, "rounds": str}).fillna({"column": ""})
-        groups = table.groupby(["row", "column", "rounds"])
+        groups = table.groupby([name for name in ("experiment", "row", "column", "rounds") if name in table])
         means, deviations = groups.mean(numeric_only=True), groups.std(numeric_only=True)
         for name in means:
             for mean, deviation in zip(means[name], deviations[name]):
-                known |= {f"{abs(mean):.{digits}f} ± {deviation:.{digits}f}" for digits in (1, 2, 3)}
-    page = PAGES["docs/replication.md"]
-    quoted = re.findall(r"[\d.]+ ± [\d.]*\d", page)
-    assert len(quoted) > 20 and [text for text in quoted if text not in known] == []
+                known |= {f"{abs(mean):.{digits}f} ± {deviation:.{digits}f}" for digits in (1, 2, 3, 4)}
+    quoted = re.findall(r"[\d.]+ ± [\d.]*\d", PAGES[page])
+    assert len(quoted) > 15 and [text for text in quoted if text not in known] == []
+    counts = re.findall(r"((\d+) of (\d+)(?: runs)? \([^)]*%\))", PAGES[page])
+    right = [text.replace(" runs", "") == counted(int(count), int(of)) for text, count, of in counts]
+    assert right and all(right)
 
 
 # The main numbers of docs/replication.md: experiment, row, column, metric, and the text on the page.
 MAIN = [
-    ("fig3a", "MAD from 5", "", "true_exclusions", "2.0 ± 0.0"),
-    ("fig3a", "MAD from 80", "", "jump_loss", "0.916 ± 0.123"),
-    ("fig3a", "MAD from 5", "", "jump_loss_model", "0.142 ± 0.018"),
-    ("fig3a", "MAD from 80", "", "jump_accuracy_model", "0.036 ± 0.015"),
-    ("fig3a", "never", "", "honest_accuracy", "0.923 ± 0.009"),
-    ("membership", "never", "", "fluctuation", "0.011 ± 0.003"),
-    ("membership", "MAD from 10", "", "honest_accuracy", "0.963 ± 0.008"),
+    ("fig3a", "MAD from 80", "", "jump_loss", "0.712 ± 0.081"),
+    ("fig3a", "MAD from 5", "", "jump_loss_model", "0.197 ± 0.044"),
+    ("fig3a", "MAD from 80", "", "jump_accuracy_model", "0.044 ± 0.024"),
+    ("fig3a", "never", "", "honest_accuracy", "0.920 ± 0.018"),
     ("membership", "MAD from 10", "", "honest_loss", "1.713 ± 0.810"),
     ("membership", "MAD from 10", "", "held_validation_advantage", "0.037 ± 0.020"),
     ("membership", "MAD from 500", "", "held_validation_advantage", "0.066 ± 0.026"),
@@ -219,7 +220,8 @@ def test_the_main_numbers_are_those_of_their_cells(experiment, row, column, metr
     table = pd.read_csv(path, dtype={"column": str}).fillna({"column": ""})
     cell = table[(table["row"] == row) & (table["column"] == column)][metric]
     digits = len(said.split()[0].partition(".")[2])
-    assert len(cell) == 5 and f"{abs(cell.mean()):.{digits}f} ± {cell.std():.{digits}f}" == said
+    assert len(cell) == {"fig3a": 20}.get(experiment, 5)
+    assert f"{abs(cell.mean()):.{digits}f} ± {cell.std():.{digits}f}" == said
     assert said in PAGES["docs/replication.md"]
 
 
@@ -293,3 +295,28 @@ def test_the_comparison_with_the_authors_system_is_that_of_its_files():
     assert spans["attacker_trust"].max() == others["attacker_trust"].max() == 0 and f"{trust:.2f} in madsim" in page
     least = rounds["loss"].loc["the later copy's initial weights", 10].min()
     assert f"{least:.3f} in the lowest seed" in page
+
+
+def test_mad_excludes_the_attackers_alone_in_every_run_of_the_papers_figures():
+    """The first claim: 5 starts of 20 seeds in fig3a, and 2 starts of 5 seeds in fig3c."""
+    tables = [pd.read_csv(HERE / "docs" / "results" / name / "table.csv") for name in ("fig3a", "fig3c")]
+    runs = pd.concat(tables).dropna(subset="mad_start")
+    right = (runs["true_exclusions"] == 2) & (runs["false_exclusions"] == 0) & (runs["rounds_to_detection"] == 0)
+    assert len(runs) == right.sum() == 110 and f"in {counted(110, 110)}; no honest client" in README.replace(
+        " runs", ""
+    )
+
+
+def test_the_runs_of_the_tables_are_counted():
+    """The table of docs/results/README.md. Runs of one seed with equal losses are one run, also in two experiments."""
+    page = (HERE / "docs" / "results" / "README.md").read_text()
+    rows = re.findall(r"^\| \[(\w+)\]\(.*?\) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \| (.*) \|$", page, re.MULTILINE)
+    tables = {name: pd.read_csv(HERE / "docs" / "results" / name / "table.csv") for name, *_ in rows}
+    for name, *said, commits in rows:
+        table = tables[name]
+        distinct = len(table.drop_duplicates(OUTCOME))
+        assert [*map(int, said)] == [table["rounds"].max(), table["seed"].nunique(), len(table), distinct], name
+        assert all(commit[:7] in commits for commit in set(table["commit"]))
+    every = pd.concat(tables.values())
+    distinct = len(every.drop_duplicates(["rounds", *OUTCOME]))
+    assert f"of the {len(every)} runs in all tables, {distinct} are distinct" in " ".join(page.split())

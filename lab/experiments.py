@@ -177,7 +177,9 @@ EXPERIMENTS = {
             f"{name}, {share:.0%} malicious": FLIP | {"attack": name, "malicious": share}
             for name in ("hug", *AT_MAD)
             for share in (0.2, 0.3, 0.4)
-        },
+        }
+        | {"sign_flip": FLIP | {"attack": "sign_flip"}}
+        | {"sign_flip, spread of the centre": FLIP | {"attack": "sign_flip", "spread": "centre"}},
         mad_from(None, 10),
     ),
     "defences": Experiment(

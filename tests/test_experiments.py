@@ -68,7 +68,7 @@ def test_cells_are_what_their_names_say():
     assert defences["mean, MAD from 5", "no attack"] == Config(rounds=40, mad_start=5, malicious=0.0)
     elsewhere = {"nan", "near_copies", "chain"}
     assert {c.attack for c in attacks.values()} == ATTACKS.keys() - elsewhere == {c.attack for c in defences.values()}
-    assert {c.attack for c in cells("threats").values()} == {"hug", "near_copies", "chain"}
+    assert {c.attack for c in cells("threats").values()} == {"hug", "near_copies", "chain", "sign_flip"}
     late, on_off = (
         attacks["label_flip from round 15", "never"],
         attacks["label_flip, 2 rounds on, 2 off", "MAD from 5"],

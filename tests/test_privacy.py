@@ -94,3 +94,15 @@ def test_what_an_excluded_attacker_holds_by_hand():
     assert held(membership, clients, 1) == {"round": 2, "test_advantage": 0.1}
     assert held(membership, clients, 0) == {"round": 3, "test_advantage": 0.2}
     assert held(membership.tail(1), clients, 1) is None  # the measurement came too late
+
+
+def test_few_validation_images_are_copies_of_training_images(real):
+    """docs/replication.md: of the honest clients' 376 validation images, 1 to 4, over the seeds 0 to 4."""
+    copies = []
+    for seed in range(5):
+        honest = [share for share in madsim.gather(Config(seed=seed), real).shares if not share.malicious]
+        train, validation = (np.concatenate([getattr(s, kind) for s in honest]) for kind in ("train", "validation"))
+        known = {real.train_images[i].tobytes() for i in train}
+        copies.append(sum(real.train_images[i].tobytes() in known for i in validation))
+        assert len(validation) == 376
+    assert copies == [4, 1, 1, 2, 1]

@@ -304,10 +304,11 @@ def title(subject: str, runs: Sequence[Run], note: str = "") -> str:
 def seeds_in_words(seeds: Iterable[int]) -> str:
     """'seed 3', 'seeds 0, 2', 'seeds 0 to 19', or 'seed unknown' if there is none."""
     each = sorted(set(seeds))
-    if len(each) < 2:
-        return f"seed {each[0]}" if each else "seed unknown"
-    ends = f"{each[0]} to {each[-1]}"
-    return f"seeds {ends if len(each) > 2 and each[-1] - each[0] == len(each) - 1 else ', '.join(map(str, each))}"
+    if not each:
+        return "seed unknown"
+    if len(each) > 2 and each[-1] - each[0] == len(each) - 1:
+        return f"seeds {each[0]} to {each[-1]}"
+    return f"seed{'s' * (len(each) > 1)} {', '.join(map(str, each))}"
 
 
 def titled(subject: str, about: str) -> str:

@@ -178,8 +178,10 @@ EXPERIMENTS = {
             for name in ("hug", *AT_MAD)
             for share in (0.2, 0.3, 0.4)
         }
-        | {"sign_flip": FLIP | {"attack": "sign_flip"}}
-        | {"sign_flip, spread of the centre": FLIP | {"attack": "sign_flip", "spread": "centre"}},
+        | {
+            "sign_flip": FLIP | {"attack": "sign_flip"},
+            "sign_flip, spread of the centre": FLIP | {"attack": "sign_flip", "spread": "centre"},
+        },
         mad_from(None, 10),
     ),
     "defences": Experiment(
@@ -281,8 +283,8 @@ def over_spans(cells: list[tuple[Path, str, str]], spans: Iterable[tuple[int, in
             found = {name: rounds[name].mean() for name in ("loss", "honest_accuracy", "active")}
             found |= {"fluctuation": rounds["honest_accuracy"].diff().std()}
             found |= {"honest_trust": trust.min().get(0), "attacker_trust": trust.max().get(1)}
-            span = {"rounds": f"{first} to {last}" if first < last else f"{first}"}
-            rows.append(cell | span | {name: value and rounded(value) for name, value in found.items()})
+            named = {"rounds": f"{first} to {last}" if first < last else f"{first}"}
+            rows.append(cell | named | {name: value and rounded(value) for name, value in found.items()})
     return DataFrame(rows)
 
 
@@ -367,8 +369,7 @@ def tabulate(folder: Path, cells: list[tuple[Path, str, str]], command: str = ""
     if command:
         experiment, rounds = EXPERIMENTS[folder.name], int(table.rounds.max())
         parts = [markdown(over_seeds(table), heading(folder.name, table, command))]
-        spans = over_spans(cells, experiment.scaled_spans(rounds))
-        if not spans.empty:
+        if experiment.spans and not (spans := over_spans(cells, experiment.scaled_spans(rounds))).empty:
             replace_file(folder / "spans.csv", spans.to_csv(index=False).encode())
             groups = spans.groupby(["row", "column", "rounds"], sort=False)
             parts.append(markdown(means(groups, SPANNED), "Single rounds, or means over spans of rounds."))

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -243,6 +244,7 @@ def test_an_experiment_writes_its_tables(quick, grid, tmp_path, capsys):
     assert text.startswith(
         "# grid: two by one\n\n`python madsim.py --experiment grid --clients 4 --dataset phantom --seeds 2`;"
     )
+    assert re.search("; seeds 0, 1; 4 runs(, [1-3] of them distinct [^;]*)?; commit ", text)
     assert "over the last 3 to 4 rounds, without rounds before" in text
     assert "\ntwo by one; phantom images; last 3 to 4 rounds, mean" in out
     assert list(runs.columns[-7:]) == experiments.NEWEST

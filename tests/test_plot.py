@@ -180,7 +180,8 @@ def test_seeds_are_drawn_as_their_mean_with_a_band(tmp_path):
     (area,) = ax.collections
     heights = area.get_paths()[0].vertices[:, 1]
     assert (heights.max(), heights.min()) == pytest.approx((1 + 0.1 * 2**0.5, 0.2 - 0.1 * 2**0.5))
-    assert heading(ax).endswith("4 rounds, seeds 0, 1; line: mean, band: ± one standard deviation")
+    about = "PneumoniaMNIST, 4 rounds, seeds 0, 1; line: mean, band: ± one standard deviation"
+    assert heading(ax).endswith(about)
 
 
 def test_a_band_has_the_rounds_that_all_seeds_have(tmp_path):

@@ -155,9 +155,13 @@ def grid_figures(path: Path) -> Iterator[tuple[str, Figure]]:
     share = f"after {rounds} rounds, counts with 95 % intervals"
     for name, heading in (METRICS | {"right": "Share of clients judged correctly, and who was excluded"}).items():
         about = f"{data}, {share if name == 'right' else metric} over {seeds_in_words(table['seed'])}"
-        height, width = (0.75, 1.15) if name == "right" else (0.42, 0.85)  # inches of a cell
+        texts, height, width = cell_texts(table, name), 0.42, 0.85  # inches of a cell
+        if name == "right" and columns < 4:  # a count and its interval fit on one line
+            width = 2.3
+        elif name == "right":
+            texts, height, width = texts.str.replace(" (", "\n(", regex=False), 0.75, 1.15
         figure, ax = new_figure(height=2 + height * rows, width=max(8, 3.5 + width * columns))
-        plot_grid(ax, table, name, cell_texts(table, name))
+        plot_grid(ax, table, name, texts)
         figure.suptitle(titled(heading, about), fontsize="medium", x=0.02, ha="left")
         yield f"grid-{'exclusions' if name == 'right' else name}", figure
 
@@ -171,7 +175,7 @@ def cell_texts(table: Any, name: str) -> Any:
         def text(run: Any) -> str:
             attackers = counted(run.true_exclusions, run.attackers) or "no attacker"
             honest = counted(run.false_exclusions, run.clients - run.attackers)
-            return f"{attackers}\nhonest {honest}".replace(" (", " out\n(")
+            return f"{attackers}\nhonest {honest}".replace(" (", " out (")
 
         return sums.apply(text, axis=1)
     mean, deviation = groups[name].mean(), groups[name].std()

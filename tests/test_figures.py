@@ -136,13 +136,29 @@ def test_a_grid_by_hand(tmp_path):
     table = runs.read_grid(write_grid(tmp_path / "table.csv"))
     assert table.groupby("row")["right"].mean().to_dict() == {"never": 0.8, "MAD": pytest.approx(0.95)}
     assert figures.cell_texts(table, "honest_accuracy")["MAD", "flip"] == "0.550\n± 0.071"
-    assert figures.cell_texts(table, "right")["MAD", "noise"] == "4 of 4 out\n(51-100 %)\nhonest 1 of 16 out\n(1-28 %)"
+    assert figures.cell_texts(table, "right")["MAD", "noise"] == "4 of 4 out (51-100 %)\nhonest 1 of 16 out (1-28 %)"
     ax = new_ax()
     figures.plot_grid(ax, table, "right", figures.cell_texts(table, "right"))
     assert ax.images[0].get_array().tolist() == [[0.8, 0.8], [pytest.approx(0.95)] * 2]
     assert [label.get_text() for label in ax.get_yticklabels()] == ["never", "MAD"]  # in the experiment's order
     assert [label.get_text() for label in ax.get_xticklabels()] == ["flip", "noise"]
     assert [(text.get_position(), text.get_color()) for text in ax.texts][::3] == [((0, 1), "black"), ((1, 0), "white")]
+
+
+@pytest.mark.parametrize(("columns", "lines"), [(2, 2), (3, 2), (4, 4), (9, 4)])
+def test_the_counts_fit_into_their_cells(tmp_path, columns, lines):
+    table = pandas.read_csv(write_grid(tmp_path / "table.csv")).drop(columns="column").drop_duplicates(["row", "seed"])
+    table = pandas.concat([table.assign(column=f"attack {number}", clients=1000) for number in range(columns)])
+    table.to_csv(tmp_path / "table.csv", index=False)
+    figure = dict(figures.grid_figures(tmp_path / "table.csv"))["grid-exclusions"]
+    figure.draw_without_rendering()
+    ax = figure.axes[0]
+    cells = [ax.transData.transform((at, at)) for at in (0, 1)]
+    width, height = abs(cells[1] - cells[0])
+    assert len(ax.texts) == 2 * columns
+    for text in ax.texts:
+        box = text.get_window_extent()
+        assert text.get_text().count("\n") == lines - 1 and box.width < width and box.height < height
 
 
 def test_of_one_seed_no_deviation_and_what_ended_early_is_left_out(tmp_path):

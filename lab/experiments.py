@@ -342,9 +342,12 @@ def mean_and_interval(values: Any) -> str:
 
 
 def in_words(values: Any, decimals: int) -> str:
-    """Mean and sample standard deviation of a pandas column: '0.96 ± 0.01', or '20.0 (of 1)' if only one run has it."""
+    """Mean and sample standard deviation of a pandas column: '0.96 ± 0.01', or '20.0 (of 1)' if only one run has it.
+
+    A loss that is too large for a number is 'inf'.
+    """
     known = values.dropna()
-    deviation = f" ± {known.std():.{decimals}f}" if len(known) > 1 else ""
+    deviation = f" ± {known.std():.{decimals}f}" if len(known) > 1 and abs(known.mean()) < float("inf") else ""
     of = f" (of {len(known)})" if len(known) < len(values) else ""
     return f"{known.mean():.{decimals}f}{deviation}{of}" if len(known) else ""
 

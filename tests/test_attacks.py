@@ -112,6 +112,16 @@ def test_near_copies_differ_a_little_from_each_other():
     assert attacks.copy_nearly(TRAINED, GLOBAL, np.random.default_rng(0), TRAINED[:0], 1.0).equal(TRAINED)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [2, 3])
+def test_near_copies_need_the_spread_of_the_centre(seed, real):
+    """Four near-copies cost honest clients their place with the spread of the centre alone, and MAD from round 1."""
+    config = Config(rounds=2, mad_start=1, attack="near_copies", malicious=0.4, seed=seed)
+    assert simulate(config, dataset=real).summary["excluded"] == {}
+    former = simulate(replace(config, settings=Settings(spread="centre")), dataset=real).summary
+    assert former["false_exclusions"] >= 4 and former["true_exclusions"] == 0
+
+
 def test_an_attack_without_a_submission_submits_what_was_trained():
     attack = Attack("trains on other labels", poison=attacks.flip_one_way)
     assert attack.submissions(TRAINED, GLOBAL, TRAINED[:0], np.random.default_rng(0)).equal(TRAINED)

@@ -110,6 +110,7 @@ def test_seeds_are_summed_up_by_hand(capsys):
     assert over_seeds(table(0.5)).loss.tolist() == ["0.500"]  # one seed has no standard deviation
     missed = pd.Series([3.0, 4.0, np.nan])
     assert [experiments.in_words(missed[start:], 1) for start in (0, 1, 2)] == ["3.5 ± 0.7 (of 2)", "4.0 (of 1)", ""]
+    assert experiments.in_words(pd.Series([1.0, np.inf]), 3) == "inf"
     copied = pd.concat([runs, runs[:1]])  # a copy of a run is no further seed
     assert over_seeds(copied).to_dict("records") == [texts | {"seeds": 2}]
     report_seeds(runs)

@@ -164,7 +164,7 @@ class Config:
             if not isinstance(plugins.REGISTRIES[name][getattr(self, name)], kind):
                 needed = "an Attack, such as Attack(about, poison=function)" if kind is Attack else "a function"
                 raise ValueError(f"{name} {getattr(self, name)} must be {needed}")
-            if not re.fullmatch(r"\w+", getattr(self, name)):  # it becomes part of a folder's name
+            if not re.fullmatch(r"(byzfl:(\w+>)?)?\w+", getattr(self, name)):  # it becomes part of a folder's name
                 raise ValueError(f"{name} {getattr(self, name)!r} must have a name of letters, digits and underscores")
         count = data.malicious_count(self.clients, self.malicious)
         if self.malicious and not count:
@@ -215,6 +215,7 @@ class Config:
         known = [PRESETS, *(f.metadata.get("choices", ()) for f in (*fields(self), *fields(self.settings)))]
         for name, value in changed.items():
             number = f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+            number = re.sub("[:>]", "-", number)  # of byzfl's rules
             alone = number == value and not value[-1:].isdigit() and sum(value in words for words in known) == 1
             parts.append(number if alone else name.replace("_", "") + number)
         return "-".join([*parts, f"s{self.seed}"])

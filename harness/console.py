@@ -104,7 +104,7 @@ def list_names() -> None:
     from lab.attacks import ATTACKS
     from lab.experiments import EXPERIMENTS, PAPER
     from lab.partitions import PARTITIONS
-    from lab.rules import RULES
+    from lab.rules import RULES, byzfl_names
     from trust import PRESETS
 
     def sentences(registry: dict[str, Any]) -> dict[str, str]:
@@ -118,13 +118,15 @@ def list_names() -> None:
     for option, names in {
         "--attack": sentences(ATTACKS),
         "--partition": sentences(PARTITIONS),
-        "--rule": sentences(RULES),
+        "--rule": sentences(RULES) | byzfl_names(),
         "--preset": {name: difference(preset) for name, preset in PRESETS.items()},
         "--experiment": sentences(EXPERIMENTS) | {"paper": " and ".join(PAPER)},
     }.items():
         print(option)
         for name, about in names.items():
-            say(f"  {name:<17}{about}", indent=" " * 19)
+            for line in textwrap.wrap(about, 61):
+                say(f"  {name:<17}{line}", indent=" " * 19)
+                name = ""
 
 
 def introduce(runs: dict[Path, Any], dataset: Any) -> None:

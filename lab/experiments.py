@@ -6,6 +6,7 @@ A cell of a grid is a set of options as on the command line. Its results are rea
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,10 @@ AT_MAD = ("near_copies", "chain")  # attacks that make sense against MAD alone, 
 ATTACKED = {name: FLIP | {"attack": name} for name in ATTACKS if name not in ("nan", *AT_MAD)}
 MIN_MAX = {"scale_floor": 0.0}
 ALWAYS_GROUPED = {"clusters": 2, "silhouette": -1.0, "outlying": 0.0}  # the smaller cluster is always outlying
+BYZFL = {  # further rules of `defences`, if the package byzfl is installed
+    "centered clipping": "CenteredClipping",
+    "nearest-neighbour mixing, trimmed mean": "NNM>TrMean",
+}
 PARTS = {"dirichlet": (10.0, 1.0, 0.5), "quantity": (1.0, 0.5)}
 EXPERIMENTS = {
     "fig3a": Experiment(
@@ -188,7 +193,8 @@ EXPERIMENTS = {
         "MAD and other rules, under every attack",
         40,
         {f"mean, {name}": {"rule": "mean"} | options for name, options in mad_from(None, 5).items()}
-        | {name: {"rule": name, "mad_start": None} for name in RULES if name != "mean"},
+        | {name: {"rule": name, "mad_start": None} for name in RULES if name != "mean"}
+        | {name: {"rule": f"byzfl:{rule}", "mad_start": None} for name, rule in BYZFL.items() if find_spec("byzfl")},
         HONEST | ATTACKED,
         reference="mean, MAD from {5}",
     ),

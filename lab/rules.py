@@ -2,13 +2,19 @@
 
 A rule is a function `rule(W [n, P], weights [n], f) -> w [P]`. W holds the models of the n active clients and `weights`
 their numbers of training images. `f` is the number of malicious clients that the rule should withstand. Not every rule
-uses `weights` or `f`. The first line of its docstring is what `--list` prints.
+uses `weights` or `f`. The first line of its docstring is what `--list` prints. If the package byzfl is installed, its
+aggregators are rules too; see `ByzFL`.
 
 Shapes: n clients, P parameters.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from threading import Lock
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 
@@ -17,6 +23,13 @@ from trust import Array, Mask, Rule, mean, scaled, squared_distances, two_means,
 WEISZFELD_STEPS = 10_000  # ours: the most steps. About 30 are enough, unless one row has almost half of the weight.
 CONVERGED = 1e-9  # ours: the steps end when a step is shorter than this fraction of the median distance
 SMOOTHING = 1e-6  # of the median distance: a row as near as this counts as so far (Pillutla et al. 2019)
+FARTHEST = 1e50  # median lengths, to which byzfl's classes are given changes: some of them take fifth powers
+BYZFL = {  # parameters of byzfl's classes, ours: its own constants are made for gradients
+    "c": 1.0, "tau": 1.0,  # clip to the median length, as `norm_clipping` does
+    "L": 3,  # steps of centered clipping; one would be norm_clipping
+    "nu": SMOOTHING, "T": 100,  # the geometric median ends where ours does
+}  # fmt: skip
+ENDLESS = {"CAF"}  # of byzfl 0.0.11: the farther a model lies, the more steps it takes, without a bound
 LAST_LAYER = slice(-66, -2)  # the weights of the network's last layer, 2 x 32, in a row of W; its 2 biases follow
 
 
@@ -125,13 +138,100 @@ def lfighter(U: Array, weights: Array, f: int) -> Array:
     return mean(U[good], weights[good], f)
 
 
-RULES: dict[str, Rule] = {
-    "mean": mean,
-    "median": median,
-    "trimmed_mean": trimmed_mean,
-    "krum": krum,
-    "multi_krum": multi_krum,
-    "geometric_median": geometric_median,
-    "norm_clipping": norm_clipping,
-    "lfighter": lfighter,
-}
+# ---------------------------------------------------------------- the aggregators of byzfl, a package of its own
+
+
+class ByzFL:
+    """An aggregator of byzfl (Gonzalez et al. 2025), `byzfl:NAME`, or `byzfl:PRE>NAME` after a pre-aggregator.
+
+    It works on the changes of the global weights, in units of their median length, and does not use the clients'
+    numbers of images. Raises ValueError if the package is not installed or has no such aggregator.
+    """
+
+    on_changes = True
+
+    def __init__(self, rule: str) -> None:
+        self.__name__ = rule
+        *before, last = rule.removeprefix("byzfl:").split(">")
+        known = byzfl_classes()
+        if last not in known["aggregators"] or len(before) > 1 or not set(before) <= set(known["preaggregators"]):
+            names = "; ".join(f"{name}, {about}" for name, about in byzfl_names().items())
+            raise ValueError(f"rule {rule} is unknown; known: {names}")
+        self.kinds = [*(known["preaggregators"][name] for name in before), known["aggregators"][last]]
+
+    def __call__(self, U: Array, weights: Array, f: int) -> Array:
+        if (U == U[0]).all():  # some classes divide by the differences
+            return U[0]
+        U, unit = scaled(U.astype(np.float64))
+        length = float(np.median(np.linalg.norm(U, axis=1))) or 1.0
+        U = np.clip(U / length, -FARTHEST, FARTHEST)
+        with drawing_from(U), np.errstate(all="ignore"):
+            for kind in self.kinds:
+                given = BYZFL | {"f": int(f), "s": len(U) // (2 * int(f) + 1)}  # most buckets without malicious clients
+                taken = inspect.signature(kind).parameters
+                U = kind(**{name: value for name, value in given.items() if name in taken})(U)
+        return unscaled(U * length, unit)
+
+
+def byzfl_names() -> dict[str, str]:
+    """What can follow "byzfl:", in words, for `--list`."""
+    try:
+        aggregators, preaggregators = map(", ".join, byzfl_classes().values())
+    except ValueError as error:
+        return {"byzfl:NAME": str(error)}
+    return {"byzfl:NAME": aggregators, "byzfl:PRE>NAME": f"the same after PRE: {preaggregators}"}
+
+
+def byzfl_classes() -> dict[str, dict[str, type]]:
+    """The classes of byzfl by their names, in `aggregators` and `preaggregators`, without those in `ENDLESS`."""
+    if not find_spec("byzfl"):
+        raise ValueError("rules of byzfl need this package; install it with: pip install byzfl")
+    from byzfl.aggregators import aggregators, preaggregators
+
+    def classes(module: Any) -> dict[str, type]:
+        return {
+            name: kind
+            for name, kind in vars(module).items()
+            if inspect.isclass(kind) and kind.__module__ == module.__name__ and name not in ENDLESS
+        }
+
+    return {"aggregators": classes(aggregators), "preaggregators": classes(preaggregators)}
+
+
+DRAWING = Lock()
+
+
+@contextmanager
+def drawing_from(U: Array) -> Iterator[None]:
+    """Inside the block numpy's own generator, which byzfl uses, is seeded from U: the same runs give the same bytes."""
+    with DRAWING:
+        before = np.random.get_state()
+        np.random.seed(crc32(U.tobytes()))
+        try:
+            yield
+        finally:
+            np.random.set_state(before)
+
+
+class Rules(dict[str, Rule]):
+    """The rules by name. Names that begin with "byzfl:" are found too, but not listed."""
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or str(name).startswith("byzfl:")
+
+    def __missing__(self, name: str) -> Rule:
+        if name in self:
+            return ByzFL(name)
+        raise KeyError(name)
+
+
+RULES: dict[str, Rule] = Rules(
+    mean=mean,
+    median=median,
+    trimmed_mean=trimmed_mean,
+    krum=krum,
+    multi_krum=multi_krum,
+    geometric_median=geometric_median,
+    norm_clipping=norm_clipping,
+    lfighter=lfighter,
+)

@@ -109,6 +109,43 @@ def manipulate_inner_product(W: Tensor, w: Tensor, rng: np.random.Generator, str
     return (w - strength * (W.mean(0) - w)).expand_as(W)
 
 
+def distances(models: Tensor) -> Tensor:
+    """Euclidean distances [h, h] between models [h, P]."""
+    import torch
+
+    return torch.cdist(models, models, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def min_max(W: Tensor, w: Tensor, rng: np.random.Generator, honest: Tensor) -> Tensor:
+    """Min-Max (Shejwalkar and Houmansadr 2021): all submit the honest clients' mean minus gamma standard deviations.
+
+    gamma is the largest for which no honest model lies farther from the submission than any two of them lie apart.
+    """
+    if not len(honest):
+        return W
+    mean, step = honest.mean(0), honest.std(0, correction=0)
+    away, farthest = honest - mean, distances(honest).max() ** 2
+    slack = (farthest - away.square().sum(1)).clamp(min=0)  # [h]
+    along, length = away @ step, (step @ step).clamp(min=SMALL)
+    gamma = (((along.square() + length * slack).sqrt() - along) / length).min()
+    return (mean - gamma * step).expand_as(W)
+
+
+def min_sum(W: Tensor, w: Tensor, rng: np.random.Generator, honest: Tensor) -> Tensor:
+    """Min-Sum (Shejwalkar and Houmansadr 2021): as `min_max`, with another bound for gamma.
+
+    The sum of the squared distances of the submission from the honest models is at most the largest such sum of an
+    honest model.
+    """
+    if not len(honest):
+        return W
+    mean, step = honest.mean(0), honest.std(0, correction=0)
+    most = distances(honest).square().sum(1).max()
+    slack = (most - (honest - mean).square().sum()).clamp(min=0)
+    gamma = (slack / (len(honest) * step @ step).clamp(min=SMALL)).sqrt()
+    return (mean - gamma * step).expand_as(W)
+
+
 def hug(W: Tensor, w: Tensor, rng: np.random.Generator, honest: Tensor, strength: float) -> Tensor:
     """Ours: each goes from the honest clients' centre towards its trained model, as far out as MAD tolerates.
 
@@ -149,6 +186,8 @@ ATTACKS: dict[str, Attack] = {
     "ipm": Attack(
         "submits the mean change, reversed, times 5 (Xie et al. 2020)", submit=manipulate_inner_product, strength=5.0
     ),
+    "min_max": Attack("as far as honest models lie apart (Shejwalkar et al. 2021)", None, min_max, True),
+    "min_sum": Attack("the same, by sums of distances (Shejwalkar et al. 2021)", None, min_sum, True),
     # Ours: less than the 1.25 spreads of trust.Settings.outlying
     "hug": Attack("flips labels, stays just within what MAD tolerates", flip_labels, hug, True, strength=1.2),
     # Ours: too small to matter in a model of weights near 0.04

@@ -102,8 +102,9 @@ def dropped_or_observed(name: str, options: dict) -> dict[str, dict]:
 FLIP = {"attack": "label_flip", "flip": 1.0, "malicious": 0.2}
 HONEST = {"no attack": FLIP | {"malicious": 0.0}}
 AT_MAD = ("near_copies", "chain")  # attacks that make sense against MAD alone, in `threats`
+NOT_MEASURED = ("min_max", "min_sum")  # so far
 # NaN is excluded without any defence
-ATTACKED = {name: FLIP | {"attack": name} for name in ATTACKS if name not in ("nan", *AT_MAD)}
+ATTACKED = {name: FLIP | {"attack": name} for name in ATTACKS if name not in ("nan", *AT_MAD, *NOT_MEASURED)}
 MIN_MAX = {"scale_floor": 0.0}
 ALWAYS_GROUPED = {"clusters": 2, "silhouette": -1.0, "outlying": 0.0}  # the smaller cluster is always outlying
 BYZFL = {  # further rules of `defences`, if the package byzfl is installed

@@ -11,6 +11,7 @@ Shapes: n clients, P parameters.
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.util import find_spec
 from threading import Lock
 from typing import Any
@@ -160,7 +161,7 @@ class ByzFL:
         self.kinds = [*(known["preaggregators"][name] for name in before), known["aggregators"][last]]
 
     def __call__(self, U: Array, weights: Array, f: int) -> Array:
-        if (U == U[0]).all():  # some classes divide by the differences
+        if (U[0] == U).all():  # some classes divide by the differences
             return U[0]
         U, unit = scaled(U.astype(np.float64))
         length = float(np.median(np.linalg.norm(U, axis=1))) or 1.0
@@ -186,16 +187,16 @@ def byzfl_classes() -> dict[str, dict[str, type]]:
     """The classes of byzfl by their names, in `aggregators` and `preaggregators`, without those in `ENDLESS`."""
     if not find_spec("byzfl"):
         raise ValueError("rules of byzfl need this package; install it with: pip install byzfl")
-    from byzfl.aggregators import aggregators, preaggregators
 
-    def classes(module: Any) -> dict[str, type]:
+    def classes(kind: str) -> dict[str, type]:
+        module = import_module(f"byzfl.aggregators.{kind}")
         return {
-            name: kind
-            for name, kind in vars(module).items()
-            if inspect.isclass(kind) and kind.__module__ == module.__name__ and name not in ENDLESS
+            name: entry
+            for name, entry in vars(module).items()
+            if inspect.isclass(entry) and entry.__module__ == module.__name__ and name not in ENDLESS
         }
 
-    return {"aggregators": classes(aggregators), "preaggregators": classes(preaggregators)}
+    return {kind: classes(kind) for kind in ("aggregators", "preaggregators")}
 
 
 DRAWING = Lock()

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import some
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lab import attacks
 from lab.attacks import ATTACKS, Attack
@@ -98,6 +100,42 @@ def test_hug_by_hand():
     hugged = ATTACKS["hug"].submissions(W, GLOBAL, honest, np.random.default_rng(0))
     assert hugged.numpy() == pytest.approx(np.array([[1, 1.2], [1, 0.5], [1, 0]]))
     assert ATTACKS["hug"].submissions(honest[:1], GLOBAL, honest[:1], np.random.default_rng(0)).tolist() == [[0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("honest", "largest", "sums"),
+    [([[0.0], [2.0]], [0.0], [0.0]), ([[0.0], [0.0], [3.0]], [0.0], [-1.0]), ([[5.0]], [5.0], [5.0]),
+     ([[0.0, 0.0], [2.0, 0.0]], [0.0, 0.0], [0.0, 0.0])],
+)  # fmt: skip
+def test_min_max_and_min_sum_by_hand(honest, largest, sums):
+    """All submit m = mean - gamma std, on a line.
+
+    0 and 2: the mean is 1, and they lie 2 apart. The farther one is 2 away from m = 0. Its sum of squares is 4 = 0 + 4.
+    0, 0 and 3: the mean is 1, and the largest distance 3, that of 3 from m = 0. The largest sum of squares is
+    9 + 9 = 18, and that of m = -1 is 1 + 1 + 16. One honest model has no deviation.
+    """
+    honest, W = torch.tensor(honest), torch.ones(3, len(honest[0]))
+    for name, expected in (("min_max", largest), ("min_sum", sums)):
+        found = ATTACKS[name].submissions(W, W[0], honest, np.random.default_rng(0))
+        assert found.numpy() == pytest.approx(np.array([expected] * 3), abs=1e-6), name
+        assert ATTACKS[name].submissions(W, W[0], honest[:0], np.random.default_rng(0)).equal(W)
+
+
+@given(st.integers(0, 10**6), st.integers(2, 12))
+@settings(max_examples=30, deadline=None)
+def test_min_max_and_min_sum_go_as_far_as_they_may(seed, count):
+    """Exactly to their bound, where a little farther would be too far."""
+    honest = torch.randn(count, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    apart = (honest[:, None] - honest).norm(dim=2)
+    for name, bound in (("min_max", apart.max()), ("min_sum", apart.square().sum(1).max())):
+        m = ATTACKS[name].submissions(honest[:1], honest[0], honest, np.random.default_rng(0))[0]
+
+        def reached(m, name=name):
+            away = (honest - m).norm(dim=1)
+            return away.max() if name == "min_max" else away.square().sum()
+
+        assert reached(m).item() == pytest.approx(bound.item())
+        assert reached(m - 0.01 * honest.std(0)) > bound
 
 
 def test_hug_with_nobody_left_to_hide_from_submits_what_it_trained():

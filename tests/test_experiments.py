@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 
 import numpy as np
 import pandas as pd
@@ -19,7 +20,7 @@ from harness.console import report_cells, report_runs, report_seeds
 from harness.folder import script
 from lab import experiments
 from lab.attacks import ATTACKS
-from lab.experiments import EXPERIMENTS, over_seeds
+from lab.experiments import BYZFL, EXPERIMENTS, over_seeds
 from lab.rules import RULES
 from madsim import Config
 from trust import PRESETS
@@ -64,10 +65,11 @@ def test_cells_are_what_their_names_say():
     assert readings["preset testbed", "20%, MAD from 5"].settings == PRESETS["testbed"]
     assert readings["preset paper", "40%, MAD from 40"] == Config(rounds=60, mad_start=40, malicious=0.4)
     assert readings["silhouette alone", "0%, MAD from 5"].settings == replace(PRESETS["paper"], outlying=0.0)
-    assert {name for name, _ in defences} == {"mean, never", "mean, MAD from 5"} | RULES.keys() - {"mean"}
+    of_byzfl = BYZFL.keys() if find_spec("byzfl") else set()
+    assert {name for name, _ in defences} == {"mean, never", "mean, MAD from 5"} | RULES.keys() - {"mean"} | of_byzfl
     assert defences["krum", "alie"] == Config(rounds=40, rule="krum", attack="alie")
     assert defences["mean, MAD from 5", "no attack"] == Config(rounds=40, mad_start=5, malicious=0.0)
-    elsewhere = {"nan", "near_copies", "chain"}
+    elsewhere = {"nan", "near_copies", "chain", "min_max", "min_sum"}
     assert {c.attack for c in attacks.values()} == ATTACKS.keys() - elsewhere == {c.attack for c in defences.values()}
     assert {c.attack for c in cells("threats").values()} == {"hug", "near_copies", "chain", "sign_flip"}
     late, on_off = (

@@ -33,7 +33,7 @@ from harness.log import Log
 from lab.attacks import ATTACKS, Attack
 from lab.partitions import PARTITIONS
 from lab.rules import RULES
-from trust import PRESETS, Settings, aggregate, check_clients, check_limits, initial_state, mad_step, setting
+from trust import PRESETS, Settings, aggregate, check_clients, check_limits, initial_state, mad_step, measured, setting
 
 
 def simulate(
@@ -59,6 +59,7 @@ def simulate(
             warn_once(f"phantom images, not PneumoniaMNIST: {dataset.note}", 3)
     clients = gather(config, dataset)
     rule, f = RULES[config.rule], clients.malicious.sum()
+    steps = -(-clients.sizes // config.batch_size)  # [C]   per epoch
     with Log(config, dataset, clients, out, resume, bar) as log:
         w = initial_weights(config.seed, config.initial_weights).numpy()  # [P]
         w, scores = log.begin(w, initial_state(config.clients))
@@ -66,9 +67,10 @@ def simulate(
             asked = scores.active | (config.settings.excluded == "observed")
             W, train_loss = clients.train(w, asked, t)  # [C, P]   local training, all clients at once
             W = clients.attack(W, w, asked, t)  # [C, P]   what malicious clients submit instead
-            scores = mad_step(W, scores, t, config.mad_start, config.settings)  # eqs. (1)-(7) and exclusion
+            M = measured(W, w, steps, asked, config.settings)  # [C, P]   the models themselves, or directions
+            scores = mad_step(M, scores, t, config.mad_start, config.settings)  # eqs. (1)-(7) and exclusion
             w = aggregate(W, clients.sizes, scores.active, rule, f, w)  # [P]   FedAvg over the active clients
-            log(t, W, train_loss, clients.evaluate(w, t), w, scores)
+            log(t, M, train_loss, clients.evaluate(w, t), w, scores)
     return Result(config, **log.result())
 
 

@@ -30,6 +30,7 @@ ALIKE = 16  # ours: rows whose first weights differ are not compared any further
 MANY = 256  # ours: with so many rows, products take half of the time in single precision
 COLUMNS = 2048  # ours, measured: of the rows whose products are summed at once
 DROWNED = 1e-2  # ours: in single precision a squared distance is right to about 1e-6 of those from the middle row
+MOST_EXCESS = 1e30  # ours: how many times as long as usual a change counts at most
 SMALLER = 2.0**-64  # ours: a sum of weights that overflows is taken of weights so much smaller
 
 OPEN: list[Any] = []  # what limits the threads of products, once for each open block of `one_thread`
@@ -128,6 +129,12 @@ class Settings:
         "ours",
         choices=("keep", "everybody"),
     )
+    measured: str = setting(
+        "positions",
+        "what is compared: the models, or the directions of their changes",
+        "paper",
+        choices=("positions", "directions"),
+    )
 
     def __post_init__(self):
         check_limits(self)
@@ -146,6 +153,7 @@ PRESETS = {
         first="lowest",
         nobody_left="everybody",
     ),
+    "directions": Settings(measured="directions"),  # ours, for clients that differ in size
 }
 
 
@@ -167,6 +175,52 @@ def initial_state(clients: int) -> State:
     """The state before round 1: no client has been scored and all are active."""
     unscored = np.full(clients, np.nan)
     return State(0, 0.0, unscored, unscored, unscored, unscored, np.ones(clients, bool))
+
+
+# ---------------------------------------------------------------- what is measured
+
+
+def measured(W: Array, w: Array, steps: Array, asked: Mask, settings: Settings) -> Array:
+    """What MAD compares [C, P]: the submitted models W [C, P], or the `directions` of their changes from w [P].
+
+    `steps` [C] are the clients' numbers of training steps. Rows of clients that were not `asked` [C] for a model, and
+    those that are not finite, stay as they are.
+    """
+    if settings.measured == "positions":
+        return W
+    M, scored = W.astype(np.float64), asked & np.isfinite(W).all(1)
+    M[scored] = directions(M[scored] - w, steps[scored])
+    return M
+
+
+def directions(U: Array, steps: Array) -> Array:
+    """The changes U [n, P] as directions: each over its length, times the `excess` of its length if that is above 1.
+
+    A client with many images takes more steps, and moves farther. As positions, its model looks like an outlier. The
+    direction does not depend on the number of steps. The excess is the length over the `usual_lengths`, so that a
+    change that is too long does not pass because of its direction. A change of 0 stays 0. Ours.
+    """
+    U, _ = scaled(U)
+    lengths = np.sqrt(np.einsum("np,np->n", U, U))
+    excess = np.clip(lengths / usual_lengths(lengths, steps), 1, MOST_EXCESS)
+    return U * (excess / np.where(lengths > 0, lengths, 1))[:, None]
+
+
+def usual_lengths(lengths: Array, steps: Array) -> Array:
+    """How long a change [n] usually is after so many `steps` [n]: c steps^p, fitted to the `lengths` [n] of all.
+
+    p is the repeated median of the slopes between the logarithms (Siegel 1982), and c the median of what is left: up to
+    n / 2 - 1 clients can't move them far. p is 1/2 for a random walk and 1 for a straight line, and here between
+    0 and 1. With equal steps c is the median length. Changes of 0 do not count.
+    """
+    from scipy.stats import siegelslopes
+
+    moved = lengths > 0
+    if not moved.any():
+        return np.ones(len(lengths))
+    x, y = np.log(steps[moved]), np.log(lengths[moved])
+    p = min(max(float(siegelslopes(y, x).slope), 0.0), 1.0) if np.ptp(x) > 0 else 0.0
+    return np.exp(np.median(y - p * x)) * steps**p
 
 
 # ---------------------------------------------------------------- d: the normalised distance
@@ -303,13 +357,14 @@ def cluster_distances(squared: Array, members: Mask) -> Array:
         return np.nan_to_num(to_members - (to_members * members).sum(1, keepdims=True) / sizes / 2, nan=np.inf)
 
 
-def outlying_group(squared: Array, spread: float, settings: Settings) -> Mask:
+def outlying_group(squared: Array, spread: float, settings: Settings, origin: Array | None = None) -> Mask:
     """The clients [n] that form an outlying group: one that is real and far. All False if there is no such group.
 
     The group is the smaller cluster of the 2-means split. It is real if the mean silhouette of the split (Rousseeuw
     1987) is above `settings.silhouette`. It is far if its nearest member lies beyond `settings.outlying` spreads from
-    the centre of the larger cluster. There is no group with fewer than three clients, with clusters of equal size, or
-    if all models are identical. Ours: the paper speaks of "the main cluster" and does not say which one it is.
+    the centre of the larger cluster. For directions, whose squared lengths are `origin` [n], it is far if it is
+    `opposed`. There is no group with fewer than three clients, with clusters of equal size, or if all models are
+    identical. Ours: the paper speaks of "the main cluster" and does not say which one it is.
     """
     from sklearn.metrics import silhouette_score
 
@@ -322,8 +377,21 @@ def outlying_group(squared: Array, spread: float, settings: Settings) -> Mask:
     if not 0 < group.sum() * 2 < len(group):
         return nobody
     real = silhouette_score(np.sqrt(squared), group, metric="precomputed") > settings.silhouette
-    far = centre_distances(squared, ~group)[group].min() > settings.outlying * spread
+    if origin is not None:
+        far = opposed(squared, origin, group)
+    else:
+        far = centre_distances(squared, ~group)[group].min() > settings.outlying * spread
     return group if real and far else nobody
+
+
+def opposed(squared: Array, origin: Array, group: Mask) -> bool:
+    """Whether each direction of the group [n] has a negative product with the mean of the others.
+
+    Clients that learn the same thing agree at least a little, and noise is at right angles. `squared` [n, n] are the
+    squared distances between directions, and `origin` [n] their squared lengths.
+    """
+    products = (origin[group][:, None] + origin[~group] - squared[np.ix_(group, ~group)]) / 2
+    return bool((products.mean(1) < 0).all())
 
 
 def originals(W: Array) -> Mask:
@@ -343,7 +411,8 @@ def main_cluster(W: Array, squared: Array, spread: float, settings: Settings) ->
     """
     counted = originals(W) if settings.clusters == 2 else np.ones(len(W), bool)
     main = counted.copy()
-    main[counted] = ~outlying_group(squared[np.ix_(counted, counted)], spread, settings)
+    origin = np.einsum("np,np->n", W[counted], W[counted], dtype=float) if settings.measured == "directions" else None
+    main[counted] = ~outlying_group(squared[np.ix_(counted, counted)], spread, settings, origin)
     return counted, main
 
 

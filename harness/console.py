@@ -111,15 +111,16 @@ def list_names() -> None:
         about = {name: getattr(entry, "about", entry.__doc__) or "" for name, entry in registry.items()}
         return {name: text.split("\n")[0].rstrip(".") for name, text in about.items()}
 
-    def difference(preset: Any) -> str:
-        count = sum(one != other for one, other in zip(astuple(preset), astuple(PRESETS["paper"])))
-        return f"the authors' public code: {count} settings differ" if count else "the paper, with our reading"
-
+    differ = sum(one != other for one, other in zip(*map(astuple, (PRESETS["paper"], PRESETS["testbed"]))))
     for option, names in {
         "--attack": sentences(ATTACKS),
         "--partition": sentences(PARTITIONS),
         "--rule": sentences(RULES) | byzfl_names(),
-        "--preset": {name: difference(preset) for name, preset in PRESETS.items()},
+        "--preset": {
+            "paper": "the paper, with our reading",
+            "testbed": f"the authors' public code: {differ} settings differ",
+            "directions": "ours, for clients that differ in size: compares directions",
+        },
         "--experiment": sentences(EXPERIMENTS) | {"paper": " and ".join(PAPER)},
     }.items():
         print(option)

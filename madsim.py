@@ -59,7 +59,8 @@ def simulate(
             warn_once(f"phantom images, not PneumoniaMNIST: {dataset.note}", 3)
     clients = gather(config, dataset)
     rule, f = RULES[config.rule], clients.malicious.sum()
-    steps = -(-clients.sizes // config.batch_size)  # [C]   per epoch
+    sizes = ATTACKS[config.attack].claimed(clients.sizes, clients.malicious)  # [C]   as the clients say
+    steps = -(-sizes // config.batch_size)  # [C]   per epoch
     with Log(config, dataset, clients, out, resume, bar) as log:
         w = initial_weights(config.seed, config.initial_weights).numpy()  # [P]
         w, scores = log.begin(w, initial_state(config.clients))
@@ -69,7 +70,7 @@ def simulate(
             W = clients.attack(W, w, asked, t)  # [C, P]   what malicious clients submit instead
             M = measured(W, w, steps, asked, config.settings)  # [C, P]   the models themselves, or directions
             scores = mad_step(M, scores, t, config.mad_start, config.settings)  # eqs. (1)-(7) and exclusion
-            w = aggregate(W, clients.sizes, scores.active, rule, f, w)  # [P]   FedAvg over the active clients
+            w = aggregate(W, sizes, scores.active, rule, f, w)  # [P]   FedAvg over the active clients
             log(t, M, train_loss, clients.evaluate(w, t), w, scores)
     return Result(config, **log.result())
 

@@ -9,7 +9,7 @@ Shapes: C clients, n scored clients, P parameters, t round (the first is 1).
 import reprlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from math import frexp
 from numbers import Integral, Real
@@ -129,6 +129,7 @@ class Settings:
         "ours",
         choices=("keep", "everybody"),
     )
+    judged: str = setting("trust", "what is compared with the threshold", "paper", choices=("trust", "reputation", "d"))
     measured: str = setting(
         "positions",
         "what is compared: the models, or the directions of their changes",
@@ -510,17 +511,20 @@ def mad_step(W: Array, state: State, t: int, mad_start: int | None, settings: Se
     indicator = trust_indicator(reputation[finite], d[finite])
     trust[finite] = update_trust(np.nan_to_num(state.trust[finite]), indicator, settings)
 
-    judged = state.trust if settings.decision == "next" else trust
-    decided = t - 1 if settings.decision == "next" else t
-    remaining = active & ~distrusted(judged, active, decided, mad_start, settings)
+    new = State(t, spread, distance, d, reputation, trust, active)
+    judged, decided = (state, t - 1) if settings.decision == "next" else (new, t)
+    remaining = active & ~distrusted(getattr(judged, settings.judged), active, decided, mad_start, settings)
     kept = not remaining.any()
     if kept:
         remaining = finite if settings.nobody_left == "everybody" else active
-    return State(t, spread, distance, d, reputation, trust, remaining, kept)
+    return replace(new, active=remaining, kept=kept)
 
 
 def distrusted(trust: Array, active: Mask, t: int, mad_start: int | None, settings: Settings) -> Mask:
-    """The clients [C] to exclude by the trust [C] of round t: those below the threshold, once MAD has started."""
+    """The clients [C] to exclude by the trust [C] of round t: those below the threshold, once MAD has started.
+
+    With `settings.judged` it is not the trust, but the reputation or d.
+    """
     if mad_start is None or t < mad_start:
         return np.zeros(len(trust), bool)
     if t == mad_start and settings.first == "lowest":

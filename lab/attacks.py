@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data import Labels, flip_labels
 
@@ -28,7 +29,8 @@ class Attack:
     clients submit instead of their trained weights W, when they received the global weights w (None: they submit W).
     With `sees_honest`, `submit` has a fourth argument: the honest clients' models [h, P]. If the attack has a
     `strength`, `submit` gets it as an argument of this name, or another one from --strength. With `bursts`, it gets
-    `burst`: whether this is one of the first --burst rounds of the attack.
+    `burst`: whether this is one of the first --burst rounds of the attack. A malicious client tells the server that it
+    has `claim` times as many training images as it has.
     """
 
     about: str
@@ -37,6 +39,11 @@ class Attack:
     sees_honest: bool = False
     strength: float | None = None
     bursts: bool = False
+    claim: float = 1.0
+
+    def claimed(self, sizes: Any, malicious: NDArray[np.bool_]) -> Any:
+        """The numbers of training images [C] that the server is told, from the true ones."""
+        return np.where(malicious, np.maximum(1, np.round(self.claim * sizes)), sizes).astype(sizes.dtype)
 
     def submissions(
         self, W: Tensor, w: Tensor, honest: Tensor, rng: np.random.Generator, strength: float | None = None,
@@ -160,6 +167,21 @@ def hug(W: Tensor, w: Tensor, rng: np.random.Generator, honest: Tensor, strength
     return centre + away * (reach / away.norm(dim=1, keepdim=True).clamp(min=SMALL)).clamp(max=1)
 
 
+def sidestep(W: Tensor, w: Tensor, rng: np.random.Generator, honest: Tensor, strength: float) -> Tensor:
+    """Ours, against directions: the trained change without what goes against the honest mean change.
+
+    So it is at right angles to that change at most. It is `strength` times the honest clients' median length at most.
+    """
+    if not len(honest):
+        return W
+    U, changes = W - w, honest - w
+    mean = changes.mean(0)
+    against = (U @ mean).clamp(max=0) / (mean @ mean).clamp(min=SMALL)
+    U = U - against[:, None] * mean
+    most = strength * changes.norm(dim=1).median()
+    return w + U * (most / U.norm(dim=1, keepdim=True).clamp(min=SMALL)).clamp(max=1)
+
+
 def copy_nearly(W: Tensor, w: Tensor, rng: np.random.Generator, honest: Tensor, strength: float) -> Tensor:
     """Ours: all submit the first honest model plus a little noise, so that they and this client are a tight group."""
     return add_noise(honest[:1].expand_as(W), w, rng, strength) if len(honest) else W
@@ -190,6 +212,11 @@ ATTACKS: dict[str, Attack] = {
     "min_sum": Attack("the same, by sums of distances (Shejwalkar et al. 2021)", None, min_sum, True),
     # Ours: less than the 1.25 spreads of trust.Settings.outlying
     "hug": Attack("flips labels, stays just within what MAD tolerates", flip_labels, hug, True, strength=1.2),
+    "sidestep": Attack("flips labels, does not step backwards", flip_labels, sidestep, True, strength=1.0),
+    # Ours: ten times the paper's shares
+    "liar": Attack("flips labels, claims ten times its images", flip_labels, claim=10.0),
+    # Ours: as `blind`, by clients that are honest apart from that
+    "stumble": Attack("is honest, but submits noise in its first rounds", None, blind, strength=0.1, bursts=True),
     # Ours: too small to matter in a model of weights near 0.04
     "near_copies": Attack("copies an honest model, nearly", submit=copy_nearly, sees_honest=True, strength=1e-4),
     # Ours: so that each client is out of sight of the next

@@ -19,7 +19,17 @@ from lab.rules import RULES
 LAST = 10  # ours: the largest number of last rounds over which a table takes the means of a run
 DETECTION = ("true_exclusions", "false_exclusions", "precision", "recall", "rounds_to_detection")
 # These columns come last, in this order, also if a later run has more columns than the first
-NEWEST = ["averaged", "last_exclusion", "strength", "burst", "spread", "honest_image_accuracy", "initial_weights"]
+NEWEST = [
+    "averaged",
+    "last_exclusion",
+    "strength",
+    "burst",
+    "spread",
+    "honest_image_accuracy",
+    "initial_weights",
+    "judged",
+    "measured",
+]
 COUNTED = {  # columns of an experiment's Markdown table that count clients or runs: heading, count, and of how many
     "attackers out": ("true_exclusions", "attackers"), "honest out": ("false_exclusions", "honest"),
     "runs with honest out": ("lost", "run"),
@@ -102,7 +112,7 @@ def dropped_or_observed(name: str, options: dict) -> dict[str, dict]:
 FLIP = {"attack": "label_flip", "flip": 1.0, "malicious": 0.2}
 HONEST = {"no attack": FLIP | {"malicious": 0.0}}
 AT_MAD = ("near_copies", "chain")  # attacks that make sense against MAD alone, in `threats`
-NOT_MEASURED = ("min_max", "min_sum")  # so far
+NOT_MEASURED = ("min_max", "min_sum", "sidestep", "liar", "stumble")  # so far
 # NaN is excluded without any defence
 ATTACKED = {name: FLIP | {"attack": name} for name in ATTACKS if name not in ("nan", *AT_MAD, *NOT_MEASURED)}
 MIN_MAX = {"scale_floor": 0.0}
@@ -198,6 +208,38 @@ EXPERIMENTS = {
         | {name: {"rule": f"byzfl:{rule}", "mad_start": None} for name, rule in BYZFL.items() if find_spec("byzfl")},
         HONEST | ATTACKED,
         reference="mean, MAD from {5}",
+    ),
+    "ablation": Experiment(
+        "what the memory of the equations adds to the distance",
+        60,
+        {
+            "as printed": {"mad_start": 10},
+            "trust without smoothing": {"mad_start": 10, "beta_trust": 1.0},
+            "reputation alone, below 0.5": {"mad_start": 10, "judged": "reputation", "threshold": 0.5},
+            "d alone, below 0.5": {"mad_start": 10, "judged": "d", "threshold": 0.5},
+        },
+        {
+            "no attack": {"malicious": 0.0},
+            "label_flip": FLIP,
+            "label_flip from round {30}": FLIP | {"attack_start": 30},
+            "label_flip, {5} rounds on, {5} off": FLIP | {"attack_period": 5},
+            "label_flip, {1} round on, {1} off": FLIP | {"attack_period": 1},
+            "blind": FLIP | {"attack": "blind"},
+            "hug": FLIP | {"attack": "hug"},
+            "one bad round of honest clients": {"malicious": 0.2, "attack": "stumble", "attack_start": 30},
+        },
+    ),
+    "scale": Experiment(
+        "few and many clients, small and large batches, more epochs",
+        30,
+        {f"{count} clients": {"clients": count} for count in (3, 5, 10, 20, 50, 100)}
+        | {f"batches of {size}": {"batch_size": size} for size in (5, 100)}
+        | {"5 epochs": {"epochs": 5}},
+        {
+            f"{attack}, {preset}": malicious | {"preset": preset, "mad_start": 1}
+            for attack, malicious in (HONEST | {"label_flip": FLIP}).items()
+            for preset in ("paper", "directions")
+        },
     ),
     "noniid": Experiment(
         "non-IID clients, which differ in size and labels",

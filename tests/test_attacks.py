@@ -138,6 +138,35 @@ def test_min_max_and_min_sum_go_as_far_as_they_may(seed, count):
         assert reached(m - 0.01 * honest.std(0)) > bound
 
 
+def test_a_sidestep_is_at_right_angles_and_as_long_as_honest_steps():
+    """The honest mean change is (2, 0), and the honest lengths are 1, 2 and 3, so their median is 2."""
+    w, honest = torch.tensor([5.0, 5.0]), torch.tensor([[6.0, 5.0], [7.0, 5.0], [8.0, 5.0]])
+    W = torch.tensor([[4.0, 6.0], [4.0, 25.0], [5.5, 6.0], [4.0, 5.0]])
+    found = ATTACKS["sidestep"].submissions(W, w, honest, np.random.default_rng(0)) - w
+    assert found.numpy() == pytest.approx(np.array([[0, 1], [0, 2], [0.5, 1], [0, 0]]), abs=1e-6)
+    assert ATTACKS["sidestep"].submissions(W, w, honest[:0], np.random.default_rng(0)).equal(W)
+
+
+def test_a_liar_has_the_weight_of_the_images_that_it_claims(small):
+    """Ten times 30 images. Only the server is told so: the client trains on its own."""
+    told = ATTACKS["liar"].claimed(np.array([30, 20]), np.array([True, False]))
+    assert told.tolist() == [300, 20] and told.dtype.kind == "i"
+    assert ATTACKS["label_flip"].claimed(np.array([30, 20]), np.array([True, False])).tolist() == [30, 20]
+    config = Config(rounds=2, clients=4, malicious=0.25, threads=1)
+    honest, liar = (simulate(replace(config, attack=name), dataset=small) for name in ("label_flip", "liar"))
+    columns = ["client", "train_loss"]
+    first = [result.clients[result.clients["round"] == 1][columns] for result in (honest, liar)]
+    assert first[0].equals(first[1]) and honest.weights.tolist() != liar.weights.tolist()
+    assert honest.summary["training_images"] == liar.summary["training_images"]
+
+
+def test_to_stumble_is_to_be_honest_later():
+    attack, W = ATTACKS["stumble"], torch.zeros(2, 10_000)
+    noise = attack.submissions(W, W[0], W, np.random.default_rng(1), burst=True)
+    assert noise.std().item() == pytest.approx(0.1, rel=0.03) and attack.poison is None
+    assert attack.submissions(W, W[0], W, np.random.default_rng(1), burst=False).equal(W)
+
+
 def test_hug_with_nobody_left_to_hide_from_submits_what_it_trained():
     W = torch.tensor([[1.0, 2.0]])
     assert attacks.hug(W, W[0], np.random.default_rng(0), W[:0], 1.2).equal(W)

@@ -69,7 +69,7 @@ def test_cells_are_what_their_names_say():
     assert {name for name, _ in defences} == {"mean, never", "mean, MAD from 5"} | RULES.keys() - {"mean"} | of_byzfl
     assert defences["krum", "alie"] == Config(rounds=40, rule="krum", attack="alie")
     assert defences["mean, MAD from 5", "no attack"] == Config(rounds=40, mad_start=5, malicious=0.0)
-    elsewhere = {"nan", "near_copies", "chain", "min_max", "min_sum"}
+    elsewhere = {"nan", "near_copies", "chain", "min_max", "min_sum", "sidestep", "liar", "stumble"}
     assert {c.attack for c in attacks.values()} == ATTACKS.keys() - elsewhere == {c.attack for c in defences.values()}
     assert {c.attack for c in cells("threats").values()} == {"hug", "near_copies", "chain", "sign_flip"}
     late, on_off = (
@@ -250,7 +250,7 @@ def test_an_experiment_writes_its_tables(quick, grid, tmp_path, capsys):
     assert re.search("; seeds 0, 1; 4 runs(, [1-3] of them distinct [^;]*)?; commit ", text)
     assert "over the last 3 to 4 rounds, without rounds before" in text
     assert "\ntwo by one; phantom images; last 3 to 4 rounds, mean" in out
-    assert list(runs.columns[-7:]) == experiments.NEWEST
+    assert list(runs.columns[-9:]) == experiments.NEWEST
     assert text.count("| MAD from 2 |") == 2
     resumed = next(path for path in (tmp_path / "grid").glob("*s1/config.json"))
     about = json.loads(resumed.read_text())

@@ -140,7 +140,7 @@ def test_different_runs_have_different_names():
     settings = [{f.name: value} for f in fields(Settings) for value in f.metadata.get("choices", ())]
     configs = [Config(**options) for options in each] + [Config(settings=Settings(**options)) for options in settings]
     configs += [Config(settings=preset) for preset in PRESETS.values()]
-    assert len({config.name for config in configs}) == len(set(configs)) == 17
+    assert len({config.name for config in configs}) == len(set(configs)) == 19
 
 
 def test_a_fraction_that_makes_nobody_malicious_is_said():

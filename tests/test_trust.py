@@ -379,6 +379,21 @@ def test_the_distrusted_are_excluded_from_the_mad_start_on():
     assert states[-1].trust[states[-1].active].min() > 0.5
 
 
+@pytest.mark.parametrize(("judged", "out"), [("trust", [3]), ("reputation", []), ("d", [3])])
+def test_one_far_round_after_good_ones_is_forgiven_by_the_reputation_alone(judged, out):
+    """After two rounds in the middle, the last client is the farthest in the third: R was 1, and d is 0.
+
+    By eq. (2) R is 1 + 0 - exp(-1/3) = 0.283, and smoothed 0.75 * 0.283 + 0.25 = 0.463. The indicator is
+    hypot(0.463, 0) - hypot(0.537, 1) = -0.672. The trust was 1 at most: 0.85 * -0.672 + 0.15 is below 0.
+    """
+    settings = Settings(judged=judged, threshold=0.15)
+    state = initial_state(4)
+    for t, W in ((1, column(0, 1, 2, 1)), (2, column(0, 1, 2, 1)), (3, column(0, 1, 2, 10))):
+        state = mad_step(W, state, t, 3, settings)
+    assert np.flatnonzero(~state.active).tolist() == out
+    assert (state.d[3], state.reputation[3], state.trust[3]) == (0, pytest.approx(0.463, abs=5e-4), 0)
+
+
 def test_trust_at_the_threshold_is_enough():
     trust, everybody = np.array([0.15, 0.1499, 0.9]), np.ones(3, bool)
     assert distrusted(trust, everybody, 5, 5, PAPER).tolist() == [False, True, False]

@@ -125,7 +125,7 @@ def list_names() -> None:
     }.items():
         print(option)
         for name, about in names.items():
-            for line in textwrap.wrap(about, 61):
+            for line in textwrap.wrap(about, 61) or [""]:
                 say(f"  {name:<17}{line}", indent=" " * 19)
                 name = ""
 

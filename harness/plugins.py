@@ -92,7 +92,12 @@ def depart(config: Any) -> tuple:
     except ImportError:  # joblib before 1.6 brings its own
         from joblib.externals import cloudpickle
 
-    entries = {kind: registry[getattr(config, kind)] for kind, registry in REGISTRIES.items()}
+    names = {kind: getattr(config, kind) for kind in REGISTRIES}
+    entries = {  # byzfl's rules are in no registry: they are made when they are asked for
+        kind: registry[names[kind]]
+        for kind, registry in REGISTRIES.items()
+        if names[kind] in registry.keys()  # noqa: SIM118
+    }
     by_value: dict[str, bytes] = {}
     with SENDER, ExitStack() as after:
         for module in [module for name, module in [*sys.modules.items()] if is_own(name, module)]:

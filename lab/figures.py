@@ -159,7 +159,7 @@ def grid_figures(path: Path) -> Iterator[tuple[str, Figure]]:
         if name == "right" and columns < 4:  # a count and its interval fit on one line
             width = 2.3
         elif name == "right":
-            texts, height, width = texts.str.replace(" (", "\n(", regex=False), 0.75, 1.15
+            texts, height, width = texts.str.replace(" (", "\n(", regex=False), 0.75, 1.35
         figure, ax = new_figure(height=2 + height * rows, width=max(8, 3.5 + width * columns))
         plot_grid(ax, table, name, texts)
         figure.suptitle(titled(heading, about), fontsize="medium", x=0.02, ha="left")

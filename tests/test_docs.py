@@ -211,8 +211,8 @@ MAIN = [
     ("defences", "krum", "hug", "honest_accuracy", "0.826 ± 0.026"),
     ("readings", "preset testbed", "0%, MAD from 5", "false_exclusions", "10.0 ± 0.0"),
     ("readings", "preset paper", "0%, MAD from 5", "false_exclusions", "0.0 ± 0.0"),
-    ("noniid", "quantity, concentration 1", "no attack, MAD from 10", "false_exclusions", "2.6 ± 0.9"),
-    ("noniid", "dirichlet, concentration 0.5", "label_flip, MAD from 10", "true_exclusions", "1.0 ± 0.7"),
+    ("noniid", "quantity, concentration 1", "no attack, MAD from 10", "false_exclusions", "2.6 ± 0.5"),
+    ("noniid", "dirichlet, concentration 0.5", "label_flip, MAD from 10", "true_exclusions", "0.6 ± 0.5"),
 ]
 
 

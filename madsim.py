@@ -33,7 +33,7 @@ from harness.log import Log
 from lab.attacks import ATTACKS, Attack
 from lab.partitions import PARTITIONS
 from lab.rules import RULES
-from trust import PRESETS, Settings, aggregate, check_clients, check_limits, initial_state, mad_step, measured, setting
+from trust import PRESETS, Settings, aggregate, check_clients, check_limits, initial_state, mad_step, setting
 
 
 def simulate(
@@ -59,7 +59,7 @@ def simulate(
             warn_once(f"phantom images, not PneumoniaMNIST: {dataset.note}", 3)
     clients = gather(config, dataset)
     rule, f = RULES[config.rule], clients.malicious.sum()
-    sizes = ATTACKS[config.attack].claimed(clients.sizes, clients.malicious)  # [C]   as the clients say
+    sizes = ATTACKS[config.attack].claimed(clients.sizes, clients.malicious, config.strength)  # [C]   as they say
     steps = -(-sizes // config.batch_size)  # [C]   per epoch
     with Log(config, dataset, clients, out, resume, bar) as log:
         w = initial_weights(config.seed, config.initial_weights).numpy()  # [P]
@@ -68,10 +68,9 @@ def simulate(
             asked = scores.active | (config.settings.excluded == "observed")
             W, train_loss = clients.train(w, asked, t)  # [C, P]   local training, all clients at once
             W = clients.attack(W, w, asked, t)  # [C, P]   what malicious clients submit instead
-            M = measured(W, w, steps, asked, config.settings)  # [C, P]   the models themselves, or directions
-            scores = mad_step(M, scores, t, config.mad_start, config.settings)  # eqs. (1)-(7) and exclusion
+            scores = mad_step(W, scores, t, config.mad_start, config.settings, w, steps)  # eqs. (1)-(7), exclusion
             w = aggregate(W, sizes, scores.active, rule, f, w)  # [P]   FedAvg over the active clients
-            log(t, M, train_loss, clients.evaluate(w, t), w, scores)
+            log(t, W, train_loss, clients.evaluate(w, t), w, scores)
     return Result(config, **log.result())
 
 
@@ -103,8 +102,8 @@ def gather(config: "Config", dataset: data.Dataset):
     def submit(W: Any, w: Any, honest: Any, rng: np.random.Generator, t: int) -> Any:
         return attack.submissions(W, w, honest, rng, c.strength, c.bursting(t))
 
-    poisoned = attack.submit is None and attack.poison and any(share.malicious for share in shares)
-    if poisoned and np.array_equal(attacked, dataset.train_labels):
+    labels_alone = attack.poison and not attack.submit and not attack.claims and any(s.malicious for s in shares)
+    if labels_alone and np.array_equal(attacked, dataset.train_labels):
         warn_once(f"attack {c.attack} with flip {c.flip:g} changes no label: nobody attacks", 4)
     return import_model().Clients(
         (dataset.train_images, dataset.train_labels, attacked), (dataset.test_images, dataset.test_labels), shares,
@@ -135,7 +134,7 @@ class Config:
     strength: float | None = setting(
         None, "how strong the attack is, see the reference (default: the attack's own)", "ours", low=0, high=1e30
     )
-    burst: int = setting(1, "rounds of noise with which the attack blind begins", "ours", low=1)
+    burst: int = setting(1, "rounds of noise with which the attacks blind and stumble begin", "ours", low=1)
     partition: str = setting("iid", "how images are dealt to the clients, see --list", "paper", choices=PARTITIONS)
     concentration: float = setting(
         0.5, "concentration of the Dirichlet distribution, for partitions that are not iid", "Li et al. 2022", low=1e-3

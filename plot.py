@@ -99,7 +99,7 @@ def running_mean(values: Any, window: int) -> Any:
 
 
 def plot_score(ax: Axes, run: Run, score: str) -> None:
-    """Reputation or trust (`score`, both 0 to 1) of each client over the rounds. Trust includes the threshold."""
+    """Reputation or trust (`score`, both 0 to 1) of each client over the rounds. What MAD judges has the threshold."""
     prepare(ax, title(f"{score.capitalize()} of each client, {strategy(run)}", [run]), f"{score} (0 to 1)")
     ax.set_ylim(-0.05, 1.05)
     attackers = list(run.clients.loc[run.clients["malicious"] == 1, "client"].unique())
@@ -112,8 +112,9 @@ def plot_score(ax: Axes, run: Run, score: str) -> None:
         line(ax, scored["round"], scored[score], **style)
     mark_exclusions(ax, run, score)
     mark_start(ax, run, color="black", label=f"MAD start (round {run.config.get('mad_start')})")
-    threshold = (run.config.get("settings") or {}).get("threshold")
-    if score == "trust" and threshold is not None:
+    settings = run.config.get("settings") or {}
+    threshold = settings.get("threshold")
+    if score == settings.get("judged", "trust") and threshold is not None:
         ax.axhline(threshold, color=THRESHOLD, linestyle=":", label=f"threshold {threshold:g}")
 
 

@@ -30,7 +30,8 @@ ALIKE = 16  # ours: rows whose first weights differ are not compared any further
 MANY = 256  # ours: with so many rows, products take half of the time in single precision
 COLUMNS = 2048  # ours, measured: of the rows whose products are summed at once
 DROWNED = 1e-2  # ours: in single precision a squared distance is right to about 1e-6 of those from the middle row
-MOST_EXCESS = 1e30  # ours: how many times as long as usual a change counts at most
+MEMORY = 0.9  # ours: the share of its agreement that a client keeps from round to round
+LITTLE = 0.1  # ours: less agreement than this is chance
 SMALLER = 2.0**-64  # ours: a sum of weights that overflows is taken of weights so much smaller
 
 OPEN: list[Any] = []  # what limits the threads of products, once for each open block of `one_thread`
@@ -164,7 +165,7 @@ class State:
 
     round: int  # the last scored round; 0 before the first
     spread: float  # largest usual distance of any round so far; 0 before the first round
-    distance: Array  # from the centre of the main cluster, in units of the weights; cut off as in `scaled`
+    distance: Array  # from the main cluster's centre, in units of the weights, cut off as in `scaled`; or of directions
     d: Array  # 1 central, 0 far
     reputation: Array  # R, in [0, 1]
     trust: Array  # in [0, 1]
@@ -176,52 +177,6 @@ def initial_state(clients: int) -> State:
     """The state before round 1: no client has been scored and all are active."""
     unscored = np.full(clients, np.nan)
     return State(0, 0.0, unscored, unscored, unscored, unscored, np.ones(clients, bool))
-
-
-# ---------------------------------------------------------------- what is measured
-
-
-def measured(W: Array, w: Array, steps: Array, asked: Mask, settings: Settings) -> Array:
-    """What MAD compares [C, P]: the submitted models W [C, P], or the `directions` of their changes from w [P].
-
-    `steps` [C] are the clients' numbers of training steps. Rows of clients that were not `asked` [C] for a model, and
-    those that are not finite, stay as they are.
-    """
-    if settings.measured == "positions":
-        return W
-    M, scored = W.astype(np.float64), asked & np.isfinite(W).all(1)
-    M[scored] = directions(M[scored] - w, steps[scored])
-    return M
-
-
-def directions(U: Array, steps: Array) -> Array:
-    """The changes U [n, P] as directions: each over its length, times the `excess` of its length if that is above 1.
-
-    A client with many images takes more steps, and moves farther. As positions, its model looks like an outlier. The
-    direction does not depend on the number of steps. The excess is the length over the `usual_lengths`, so that a
-    change that is too long does not pass because of its direction. A change of 0 stays 0. Ours.
-    """
-    U, _ = scaled(U)
-    lengths = np.sqrt(np.einsum("np,np->n", U, U))
-    excess = np.clip(lengths / usual_lengths(lengths, steps), 1, MOST_EXCESS)
-    return U * (excess / np.where(lengths > 0, lengths, 1))[:, None]
-
-
-def usual_lengths(lengths: Array, steps: Array) -> Array:
-    """How long a change [n] usually is after so many `steps` [n]: c steps^p, fitted to the `lengths` [n] of all.
-
-    p is the repeated median of the slopes between the logarithms (Siegel 1982), and c the median of what is left: up to
-    n / 2 - 1 clients can't move them far. p is 1/2 for a random walk and 1 for a straight line, and here between
-    0 and 1. With equal steps c is the median length. Changes of 0 do not count.
-    """
-    from scipy.stats import siegelslopes
-
-    moved = lengths > 0
-    if not moved.any():
-        return np.ones(len(lengths))
-    x, y = np.log(steps[moved]), np.log(lengths[moved])
-    p = min(max(float(siegelslopes(y, x).slope), 0.0), 1.0) if np.ptp(x) > 0 else 0.0
-    return np.exp(np.median(y - p * x)) * steps**p
 
 
 # ---------------------------------------------------------------- d: the normalised distance
@@ -358,14 +313,13 @@ def cluster_distances(squared: Array, members: Mask) -> Array:
         return np.nan_to_num(to_members - (to_members * members).sum(1, keepdims=True) / sizes / 2, nan=np.inf)
 
 
-def outlying_group(squared: Array, spread: float, settings: Settings, origin: Array | None = None) -> Mask:
+def outlying_group(squared: Array, spread: float, settings: Settings) -> Mask:
     """The clients [n] that form an outlying group: one that is real and far. All False if there is no such group.
 
     The group is the smaller cluster of the 2-means split. It is real if the mean silhouette of the split (Rousseeuw
     1987) is above `settings.silhouette`. It is far if its nearest member lies beyond `settings.outlying` spreads from
-    the centre of the larger cluster. For directions, whose squared lengths are `origin` [n], it is far if it is
-    `opposed`. There is no group with fewer than three clients, with clusters of equal size, or if all models are
-    identical. Ours: the paper speaks of "the main cluster" and does not say which one it is.
+    the centre of the larger cluster. There is no group with fewer than three clients, with clusters of equal size, or
+    if all models are identical. Ours: the paper speaks of "the main cluster" and does not say which one it is.
     """
     from sklearn.metrics import silhouette_score
 
@@ -378,21 +332,8 @@ def outlying_group(squared: Array, spread: float, settings: Settings, origin: Ar
     if not 0 < group.sum() * 2 < len(group):
         return nobody
     real = silhouette_score(np.sqrt(squared), group, metric="precomputed") > settings.silhouette
-    if origin is not None:
-        far = opposed(squared, origin, group)
-    else:
-        far = centre_distances(squared, ~group)[group].min() > settings.outlying * spread
+    far = centre_distances(squared, ~group)[group].min() > settings.outlying * spread
     return group if real and far else nobody
-
-
-def opposed(squared: Array, origin: Array, group: Mask) -> bool:
-    """Whether each direction of the group [n] has a negative product with the mean of the others.
-
-    Clients that learn the same thing agree at least a little, and noise is at right angles. `squared` [n, n] are the
-    squared distances between directions, and `origin` [n] their squared lengths.
-    """
-    products = (origin[group][:, None] + origin[~group] - squared[np.ix_(group, ~group)]) / 2
-    return bool((products.mean(1) < 0).all())
 
 
 def originals(W: Array) -> Mask:
@@ -412,8 +353,7 @@ def main_cluster(W: Array, squared: Array, spread: float, settings: Settings) ->
     """
     counted = originals(W) if settings.clusters == 2 else np.ones(len(W), bool)
     main = counted.copy()
-    origin = np.einsum("np,np->n", W[counted], W[counted], dtype=float) if settings.measured == "directions" else None
-    main[counted] = ~outlying_group(squared[np.ix_(counted, counted)], spread, settings, origin)
+    main[counted] = ~outlying_group(squared[np.ix_(counted, counted)], spread, settings)
     return counted, main
 
 
@@ -452,6 +392,60 @@ def normalised_distance(W: Array, spread: float, settings: Settings) -> tuple[Ar
     return unscaled(distance, unit), d, max(spread, float(unscaled(middle, unit)))
 
 
+# ---------------------------------------------------------------- d: directions instead of positions, ours
+
+
+def direction_distance(U: Array, steps: Array, before: Array, settings: Settings) -> tuple[Array, Array]:
+    """Distance [n] in [0, 2] and d [n] in [0, 1], from the changes U [n, P] that took so many `steps` [n].
+
+    A client with much data moves far, so its model looks like an outlier. The direction of its change does not.
+
+    The distance is 1 minus the client's `agreement` with the others. A single direction is noisy, so nine tenths of it
+    come from the distance `before` [n], in the last round (NaN: the client has none). d is 1 if the agreement is 0 or
+    more. It is 0 if the client is as much against the others as the median client is with them, as with flipped labels.
+    A change that is too long lowers d, too: to 0 if it is `settings.scale_floor` usual lengths too long. Ours.
+    """
+    U, _ = scaled(U)
+    lengths = np.sqrt(np.einsum("np,np->n", U, U))
+    found = agreement(U / np.where(lengths > 0, lengths, 1)[:, None], steps)
+    found = np.where(np.isnan(before), found, MEMORY * (1 - before) + (1 - MEMORY) * found)
+    against = np.clip(-found / max(float(np.median(found)), LITTLE), 0, 1)
+    excess = np.clip(lengths / usual_lengths(lengths, steps) - 1, 0, settings.scale_floor)
+    return 1 - found, (1 - against) * (1 - excess / (settings.scale_floor or 1))
+
+
+def agreement(units: Array, steps: Array) -> Array:
+    """How much each client [n] agrees with the others: the weighted mean of its cosines with them, in [-1, 1].
+
+    `units` [n, P] are the changes over their lengths, or 0. The direction of a change is the surer, the more `steps`
+    [n] it takes, so the weights are their square roots. None counts for more than the median: nothing is won by a claim
+    to have more images. A client that is alone agrees with itself.
+    """
+    weights = np.sqrt(np.minimum(steps, np.median(steps)))
+    with one_thread():
+        sums = units @ (weights @ units) - weights * np.einsum("np,np->n", units, units)
+    others = weights.sum() - weights
+    return sums / others if len(units) > 1 else np.ones(1)
+
+
+def usual_lengths(lengths: Array, steps: Array) -> Array:
+    """How long a change [n] usually is after so many `steps` [n]: c steps^p, fitted to the `lengths` [n] of all.
+
+    p is 1/2 for a random walk and 1 for a straight line, and here between 0 and 1. It is the repeated median (Siegel
+    1982) of the slopes between the logarithms, where the slope between equal steps is 0. c is the median of what is
+    left. So less than half of the clients can't move the usual length far. Changes of 0 do not count.
+    """
+    moved = lengths > 0
+    if moved.sum() < 2:
+        return np.full(len(lengths), float(lengths.max()) or 1.0)
+    x, y = np.log(steps[moved]), np.log(lengths[moved])
+    run, rise = x[:, None] - x, y[:, None] - y
+    slopes = np.divide(rise, run, out=np.zeros_like(run), where=run != 0)
+    np.fill_diagonal(slopes, np.nan)
+    p = np.clip(np.median(np.nanmedian(slopes, axis=1)), 0, 1)
+    return np.exp(np.median(y - p * x)) * steps**p
+
+
 # ---------------------------------------------------------------- equations (1)-(7)
 
 
@@ -488,12 +482,22 @@ def update_trust(previous: Array, indicator: Array, settings: Settings) -> Array
 # ---------------------------------------------------------------- one round of MAD
 
 
-def mad_step(W: Array, state: State, t: int, mad_start: int | None, settings: Settings) -> State:
+def mad_step(
+    W: Array,
+    state: State,
+    t: int,
+    mad_start: int | None,
+    settings: Settings,
+    w: Array | None = None,
+    steps: Array | None = None,
+) -> State:
     """Score the submissions W [C, P] of round t and decide which clients are averaged: `State.active` of the result.
 
     Rows of clients that were not asked for a model are ignored. A client that submits NaN or infinity is excluded at
     once, even before MAD starts, and is not scored. From round `mad_start` on (None: never), clients with too little
-    trust are excluded. Raises FloatingPointError if no client submitted finite weights.
+    trust are excluded. Directions are those of the changes from the global weights w [P], which took the clients so
+    many `steps` [C]. Raises FloatingPointError if no client submitted finite weights, and ValueError for directions
+    without w or `steps`.
     """
     asked = state.active | (settings.excluded == "observed")
     finite = asked & np.isfinite(W).all(1)
@@ -503,7 +507,13 @@ def mad_step(W: Array, state: State, t: int, mad_start: int | None, settings: Se
 
     distance, d, reputation, trust = (np.full(len(W), np.nan) for _ in range(4))
     scored = W if finite.all() else W[finite]  # a copy of many rows takes its time
-    distance[finite], d[finite], spread = normalised_distance(scored, state.spread, settings)
+    if settings.measured == "positions":
+        distance[finite], d[finite], spread = normalised_distance(scored, state.spread, settings)
+    elif w is None or steps is None:
+        raise ValueError("directions need the last global weights w and the clients' steps")
+    else:
+        U, spread = scored - w.astype(np.float64), state.spread
+        distance[finite], d[finite] = direction_distance(U, steps[finite], state.distance[finite], settings)
     known = ~np.isnan(state.reputation)
     reputation[finite] = initial_reputation(d[finite])
     again = finite & known
@@ -512,24 +522,24 @@ def mad_step(W: Array, state: State, t: int, mad_start: int | None, settings: Se
     trust[finite] = update_trust(np.nan_to_num(state.trust[finite]), indicator, settings)
 
     new = State(t, spread, distance, d, reputation, trust, active)
-    judged, decided = (state, t - 1) if settings.decision == "next" else (new, t)
-    remaining = active & ~distrusted(getattr(judged, settings.judged), active, decided, mad_start, settings)
+    decisive, decided = (state, t - 1) if settings.decision == "next" else (new, t)
+    remaining = active & ~distrusted(getattr(decisive, settings.judged), active, decided, mad_start, settings)
     kept = not remaining.any()
     if kept:
         remaining = finite if settings.nobody_left == "everybody" else active
     return replace(new, active=remaining, kept=kept)
 
 
-def distrusted(trust: Array, active: Mask, t: int, mad_start: int | None, settings: Settings) -> Mask:
-    """The clients [C] to exclude by the trust [C] of round t: those below the threshold, once MAD has started.
+def distrusted(score: Array, active: Mask, t: int, mad_start: int | None, settings: Settings) -> Mask:
+    """The clients [C] to exclude by their score [C] in round t: those below the threshold, once MAD has started.
 
-    With `settings.judged` it is not the trust, but the reputation or d.
+    The score is the trust, or what `settings.judged` says.
     """
     if mad_start is None or t < mad_start:
-        return np.zeros(len(trust), bool)
+        return np.zeros(len(score), bool)
     if t == mad_start and settings.first == "lowest":
-        return np.arange(len(trust)) == np.argmin(np.where(active, trust, np.inf))
-    return trust < settings.threshold
+        return np.arange(len(score)) == np.argmin(np.where(active, score, np.inf))
+    return score < settings.threshold
 
 
 # ---------------------------------------------------------------- FedAvg

@@ -79,6 +79,8 @@ def refuse_unknown(written: dict, path: Path) -> None:
         if isinstance(name, str) and name not in registry:
             file = " ".join(Path(plugin).name for plugin in written.get("plugins") or ["FILE"])
             raise ValueError(f"{path} names the {kind} {name!r}, which is unknown here; load it with --plugin {file}")
+        if isinstance(name, str):
+            registry[name]  # a rule of byzfl says here that this package is missing
 
 
 def depart(config: Any) -> tuple:

@@ -34,7 +34,7 @@ OF_ATTACKS = ("attack", "malicious", "flip", "attack_start", "attack_period")
 # Labels of runs name these if they differ: the data, fields of config.json, and MAD's settings.
 TELLING = ["data", *OF_ATTACKS, "clients", "partition", "concentration", "rounds"]
 TELLING += ["epochs", "batch_size", "lr", "initial_weights"]
-TELLING += ["clusters", "scale_floor", "threshold", "excluded"]
+TELLING += ["measured", "judged", "clusters", "scale_floor", "threshold", "excluded"]
 TITLE_WIDTH = 95  # characters per line below a title: as many as fit beside the axis of the narrowest figure
 SAMPLE_BYTES = 100_000  # the largest accepted samples.npz, unpacked; madsim writes 3678 bytes
 # The types of the fields of config.json that are read here.

@@ -29,8 +29,8 @@ class Attack:
     clients submit instead of their trained weights W, when they received the global weights w (None: they submit W).
     With `sees_honest`, `submit` has a fourth argument: the honest clients' models [h, P]. If the attack has a
     `strength`, `submit` gets it as an argument of this name, or another one from --strength. With `bursts`, it gets
-    `burst`: whether this is one of the first --burst rounds of the attack. A malicious client tells the server that it
-    has `claim` times as many training images as it has.
+    `burst`: whether this is one of the first --burst rounds of the attack. With `claims`, malicious clients say that
+    they have `strength` times as many training images as they have, in every round.
     """
 
     about: str
@@ -39,11 +39,14 @@ class Attack:
     sees_honest: bool = False
     strength: float | None = None
     bursts: bool = False
-    claim: float = 1.0
+    claims: bool = False
 
-    def claimed(self, sizes: Any, malicious: NDArray[np.bool_]) -> Any:
-        """The numbers of training images [C] that the server is told, from the true ones."""
-        return np.where(malicious, np.maximum(1, np.round(self.claim * sizes)), sizes).astype(sizes.dtype)
+    def claimed(self, sizes: Any, malicious: NDArray[np.bool_], strength: float | None = None) -> Any:
+        """The numbers of training images [C] that the server is told, from the true ones: at least 1, at most 1e9."""
+        if not self.claims:
+            return sizes
+        factor = self.strength if strength is None else strength
+        return np.where(malicious, np.clip(np.round(factor * sizes), 1, 1e9), sizes).astype(sizes.dtype)
 
     def submissions(
         self, W: Tensor, w: Tensor, honest: Tensor, rng: np.random.Generator, strength: float | None = None,
@@ -58,6 +61,7 @@ class Attack:
         if self.submit is None:
             return W
         w = w.clone()  # the function may work in place
+        honest = honest[honest.isfinite().all(1)]
         options: dict = {} if self.strength is None else {"strength": self.strength if strength is None else strength}
         options |= {"burst": burst} if self.bursts else {}
         submitted = self.submit(W, w, rng, *[honest] * self.sees_honest, **options)
@@ -130,10 +134,11 @@ def min_max(W: Tensor, w: Tensor, rng: np.random.Generator, honest: Tensor) -> T
     """
     if not len(honest):
         return W
+    honest = honest.double()  # squares of large weights are too large for a float32
     mean, step = honest.mean(0), honest.std(0, correction=0)
     away, farthest = honest - mean, distances(honest).max() ** 2
     slack = (farthest - away.square().sum(1)).clamp(min=0)  # [h]
-    along, length = away @ step, (step @ step).clamp(min=SMALL)
+    along, length = away @ step, (step @ step).clamp(min=SMALL**2)
     gamma = (((along.square() + length * slack).sqrt() - along) / length).min()
     return (mean - gamma * step).expand_as(W)
 
@@ -146,10 +151,11 @@ def min_sum(W: Tensor, w: Tensor, rng: np.random.Generator, honest: Tensor) -> T
     """
     if not len(honest):
         return W
+    honest = honest.double()
     mean, step = honest.mean(0), honest.std(0, correction=0)
     most = distances(honest).square().sum(1).max()
     slack = (most - (honest - mean).square().sum()).clamp(min=0)
-    gamma = (slack / (len(honest) * step @ step).clamp(min=SMALL)).sqrt()
+    gamma = (slack / (len(honest) * step @ step).clamp(min=SMALL**2)).sqrt()
     return (mean - gamma * step).expand_as(W)
 
 
@@ -168,17 +174,19 @@ def hug(W: Tensor, w: Tensor, rng: np.random.Generator, honest: Tensor, strength
 
 
 def sidestep(W: Tensor, w: Tensor, rng: np.random.Generator, honest: Tensor, strength: float) -> Tensor:
-    """Ours, against directions: the trained change without what goes against the honest mean change.
+    """Ours, against the preset directions: the trained change without its part against the honest directions.
 
-    So it is at right angles to that change at most. It is `strength` times the honest clients' median length at most.
+    Its mean cosine with the honest changes is 0, or above. A change longer than `strength` times the honest median
+    length is cut to this length.
     """
     if not len(honest):
         return W
     U, changes = W - w, honest - w
-    mean = changes.mean(0)
-    against = (U @ mean).clamp(max=0) / (mean @ mean).clamp(min=SMALL)
+    lengths = changes.norm(dim=1, keepdim=True)
+    mean = (changes / lengths.clamp(min=SMALL)).mean(0)
+    against = (U @ mean).clamp(max=0) / (mean @ mean).clamp(min=SMALL**2)
     U = U - against[:, None] * mean
-    most = strength * changes.norm(dim=1).median()
+    most = strength * lengths.median()
     return w + U * (most / U.norm(dim=1, keepdim=True).clamp(min=SMALL)).clamp(max=1)
 
 
@@ -214,7 +222,7 @@ ATTACKS: dict[str, Attack] = {
     "hug": Attack("flips labels, stays just within what MAD tolerates", flip_labels, hug, True, strength=1.2),
     "sidestep": Attack("flips labels, does not step backwards", flip_labels, sidestep, True, strength=1.0),
     # Ours: ten times the paper's shares
-    "liar": Attack("flips labels, claims ten times its images", flip_labels, claim=10.0),
+    "liar": Attack("flips labels, claims ten times its images", flip_labels, claims=True, strength=10.0),
     # Ours: as `blind`, by clients that are honest apart from that
     "stumble": Attack("is honest, but submits noise in its first rounds", None, blind, strength=0.1, bursts=True),
     # Ours: too small to matter in a model of weights near 0.04

@@ -226,7 +226,7 @@ EXPERIMENTS = {
             "label_flip, {1} round on, {1} off": FLIP | {"attack_period": 1},
             "blind": FLIP | {"attack": "blind"},
             "hug": FLIP | {"attack": "hug"},
-            "one bad round of honest clients": {"malicious": 0.2, "attack": "stumble", "attack_start": 30},
+            "two honest clients with one bad round": {"malicious": 0.2, "attack": "stumble", "attack_start": 30},
         },
     ),
     "scale": Experiment(

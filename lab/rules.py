@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
+from math import comb
 from threading import Lock
 from typing import Any
 from zlib import crc32
@@ -30,6 +31,7 @@ BYZFL = {  # parameters of byzfl's classes, ours: its own constants are made for
     "L": 3,  # steps of centered clipping; one would be norm_clipping
     "nu": SMOOTHING, "T": 100,  # the geometric median ends where ours does
 }  # fmt: skip
+SUBSETS, MOST_SETS = {"MDA", "SMEA"}, 100_000  # these try all sets of n - f clients
 ENDLESS = {"CAF"}  # of byzfl 0.0.11: the farther a model lies, the more steps it takes, without a bound
 LAST_LAYER = slice(-66, -2)  # the weights of the network's last layer, 2 x 32, in a row of W; its 2 biases follow
 
@@ -161,14 +163,16 @@ class ByzFL:
         self.kinds = [*(known["preaggregators"][name] for name in before), known["aggregators"][last]]
 
     def __call__(self, U: Array, weights: Array, f: int) -> Array:
-        if (U[0] == U).all():  # some classes divide by the differences
-            return U[0]
         U, unit = scaled(U.astype(np.float64))
         length = float(np.median(np.linalg.norm(U, axis=1))) or 1.0
         U = np.clip(U / length, -FARTHEST, FARTHEST)
         with drawing_from(U), np.errstate(all="ignore"):
             for kind in self.kinds:
-                given = BYZFL | {"f": int(f), "s": len(U) // (2 * int(f) + 1)}  # most buckets without malicious clients
+                if (U[0] == U).all():  # some classes divide by the differences
+                    return unscaled(U[0] * length, unit)
+                if kind.__name__ in SUBSETS and (sets := comb(len(U), int(f))) > MOST_SETS:
+                    raise ValueError(f"{self.__name__} tries all sets of honest clients; here these are {sets}")
+                given = BYZFL | {"f": int(f), "s": len(U) // (2 * int(f) + 1)}  # so most buckets hold honest ones alone
                 taken = inspect.signature(kind).parameters
                 U = kind(**{name: value for name, value in given.items() if name in taken})(U)
         return unscaled(U * length, unit)
@@ -189,7 +193,10 @@ def byzfl_classes() -> dict[str, dict[str, type]]:
         raise ValueError("rules of byzfl need this package; install it with: pip install byzfl")
 
     def classes(kind: str) -> dict[str, type]:
-        module = import_module(f"byzfl.aggregators.{kind}")
+        try:
+            module = import_module(f"byzfl.aggregators.{kind}")
+        except ImportError as error:  # of one of its own packages
+            raise ValueError(f"byzfl can't be imported: {error}") from None
         return {
             name: entry
             for name, entry in vars(module).items()

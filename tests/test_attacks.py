@@ -138,6 +138,31 @@ def test_min_max_and_min_sum_go_as_far_as_they_may(seed, count):
         assert reached(m - 0.01 * honest.std(0)) > bound
 
 
+@pytest.mark.parametrize(("offset", "spread"), [(0.04, 0.01), (1.0, 1e-6), (0.0, 1e18)])
+def test_min_max_stays_right_in_the_runs_own_precision(offset, spread):
+    """As many weights as the network has, in float32, with one honest model that is not finite."""
+    honest = torch.randn(8, 21_166, generator=torch.Generator().manual_seed(1)) * spread + offset
+    with_nan = torch.cat([honest, torch.full((1, 21_166), float("nan"))])
+    for name in ("min_max", "min_sum"):
+        m = ATTACKS[name].submissions(honest[:1], honest[0], with_nan, np.random.default_rng(0))[0].double()
+        apart, away = attacks.distances(honest.double()), (honest.double() - m).norm(dim=1)
+        bounds = apart.max(), apart.square().sum(1).max()
+        reached = away.max(), away.square().sum()
+        which = name == "min_sum"
+        assert reached[which].item() == pytest.approx(bounds[which].item(), rel=0.1 if spread < 1e-5 else 1e-4)
+
+
+def test_a_sidestep_has_no_part_against_the_honest_directions():
+    """The honest changes are 4 east and 1 north; the mean direction is (1/2, 1/2), and the shorter one the median.
+
+    One step west is (-1/2, 1/2) apart from its part against that direction. The mean of the changes would be (2, 1/2).
+    """
+    w = torch.zeros(2)
+    honest, W = torch.tensor([[4.0, 0], [0, 1]]), torch.tensor([[-1.0, 0]])
+    found = ATTACKS["sidestep"].submissions(W, w, honest, np.random.default_rng(0))
+    assert found.numpy() == pytest.approx(np.array([[-0.5, 0.5]]))
+
+
 def test_a_sidestep_is_at_right_angles_and_as_long_as_honest_steps():
     """The honest mean change is (2, 0), and the honest lengths are 1, 2 and 3, so their median is 2."""
     w, honest = torch.tensor([5.0, 5.0]), torch.tensor([[6.0, 5.0], [7.0, 5.0], [8.0, 5.0]])
@@ -149,9 +174,12 @@ def test_a_sidestep_is_at_right_angles_and_as_long_as_honest_steps():
 
 def test_a_liar_has_the_weight_of_the_images_that_it_claims(small):
     """Ten times 30 images. Only the server is told so: the client trains on its own."""
-    told = ATTACKS["liar"].claimed(np.array([30, 20]), np.array([True, False]))
+    sizes, bad = np.array([30, 20]), np.array([True, False])
+    told = ATTACKS["liar"].claimed(sizes, bad)
     assert told.tolist() == [300, 20] and told.dtype.kind == "i"
-    assert ATTACKS["label_flip"].claimed(np.array([30, 20]), np.array([True, False])).tolist() == [30, 20]
+    for strength, expected in ((2.5, 75), (0, 1), (1e30, 1e9)):
+        assert ATTACKS["liar"].claimed(sizes, bad, strength).tolist() == [expected, 20]
+    assert ATTACKS["label_flip"].claimed(sizes, bad).tolist() == [30, 20]
     config = Config(rounds=2, clients=4, malicious=0.25, threads=1)
     honest, liar = (simulate(replace(config, attack=name), dataset=small) for name in ("label_flip", "liar"))
     columns = ["client", "train_loss"]

@@ -107,8 +107,25 @@ def test_every_one_of_them_takes_numbers_of_any_size(byzfl):
             if "Bucketing" not in pre and name != "SMEA":  # these draw from the models
                 big = aggregate(W * 1e200, ones, everybody, rule, 2, before * 1e200)
                 assert big / 1e200 == pytest.approx(w, abs=1e-5), rule.__name__
+            assert np.isfinite(aggregate(W, ones, everybody, rule, 0, before)).all(), rule.__name__
+            assert np.isfinite(aggregate(W[:2], ones[:2], everybody[:2], rule, 0, before)).all(), rule.__name__
             far = np.vstack([W[:5], np.full((2, 80), 1e30), np.full((1, 80), -1e300)])
             assert np.isfinite(aggregate(far, np.ones(8), np.ones(8, bool), rule, 3, before)).all()
+
+
+@pytest.mark.parametrize("name", ["MDA", "SMEA", "NNM>MDA"])
+def test_a_rule_that_would_try_too_many_sets_says_so(byzfl, name):
+    """20 of 40 clients can be chosen in 137846528820 ways."""
+    rule, U = RULES[f"byzfl:{name}"], np.random.default_rng(0).normal(size=(40, 3))
+    with pytest.raises(ValueError, match=f"{name} tries all sets of honest clients; here these are 137846528820"):
+        rule(U, np.ones(40), 20)
+
+
+def test_a_run_is_not_damaged_where_the_package_is_missing(byzfl, small, tmp_path, monkeypatch):
+    simulate(Config(rounds=1, clients=4, rule="byzfl:Median", threads=1), tmp_path, dataset=small)
+    monkeypatch.setattr(rules, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"^rules of byzfl need this package; install it with: pip install byzfl$"):
+        Config.read(tmp_path)
 
 
 def test_a_run_with_such_a_rule(byzfl, small, tmp_path):

@@ -8,18 +8,52 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import madsim
 from madsim import Config, simulate
-from trust import PRESETS, directions, initial_state, mad_step, measured, opposed, squared_distances, usual_lengths
+from trust import PRESETS, agreement, direction_distance, initial_state, mad_step, usual_lengths
 
 PAPER, DIRECTIONS = PRESETS["paper"], PRESETS["directions"]
-ONES = np.ones(3, int)
+UNKNOWN = np.full(4, np.nan)  # no client has a distance before the first round
 
 
-def test_directions_by_hand():
-    """The lengths 5, 2 and 0: the two that moved have the geometric middle sqrt 10, so 5 is sqrt 2.5 times too long."""
-    found = directions(np.array([[3.0, 4], [0, 2], [0, 0]]), ONES)
-    assert found == pytest.approx(np.array([[0.6 * 2.5**0.5, 0.8 * 2.5**0.5], [0, 1], [0, 0]]))
-    assert directions(np.zeros((3, 2)), ONES).tolist() == [[0, 0]] * 3  # nobody has moved
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [((5, 5, 5), (-1 / 2, 0, -1 / 2)), ((1, 4, 9), (-1 / 2, 0, -1 / 3)), ((1, 4, 9000), (-1 / 2, 0, -1 / 3))],
+)
+def test_agreement_by_hand(steps, expected):
+    """East, north and west. With the steps 1, 4 and 9 the weights are 1, 2 and 2: nobody has more than the median."""
+    units = np.array([[1.0, 0], [0, 1], [-1, 0]])
+    assert agreement(units, np.array(steps)) == pytest.approx(np.array(expected))
+    assert agreement(units[:1], np.array([3])).tolist() == [1]
+
+
+def test_who_is_as_much_against_the_others_as_they_agree_has_d_0():
+    """Three go east, one goes west: the agreements are (1 + 1 - 1) / 3 and -1.
+
+    Then the west one had 0.5 in the round before, which leaves it 0.9 * 0.5 - 0.1 = 0.35; or -0.05, which leaves it
+    -0.145 while the others have 0.9 * 0.5 + 0.1 / 3 = 0.4833.
+    """
+    U, ones = np.array([[1.0, 0], [2, 0], [2, 0], [-2, 0]]), np.ones(4, int)
+    distance, d = direction_distance(U, ones, UNKNOWN, DIRECTIONS)
+    assert distance == pytest.approx(np.array([2 / 3, 2 / 3, 2 / 3, 2])) and d.tolist() == [1, 1, 1, 0]
+    distance, d = direction_distance(U, ones, np.full(4, 0.5), DIRECTIONS)
+    assert distance[3] == pytest.approx(0.65) and d.tolist() == [1, 1, 1, 1]
+    d = direction_distance(U, ones, np.array([0.5, 0.5, 0.5, 1.05]), DIRECTIONS)[1]
+    assert d == pytest.approx(np.array([1, 1, 1, 1 - 0.145 / (0.45 + 0.1 / 3)]))
+
+
+def test_a_little_disagreement_is_chance():
+    """The cosines are 0, -0.05 and -0.05, so the agreements are -0.025, -0.025 and -0.05, and the median counts 0.1."""
+    U = np.array([[1.0, 0, 0], [0, 1, 0], [-0.05, -0.05, (1 - 2 * 0.05**2) ** 0.5]])
+    d = direction_distance(U, np.ones(3), UNKNOWN[:3], DIRECTIONS)[1]
+    assert d == pytest.approx(np.array([0.75, 0.75, 0.5]))
+
+
+@pytest.mark.parametrize(("length", "expected"), [(0.1, 1), (1, 1), (2.25, 0.5), (3.5, 0), (1e300, 0)])
+def test_a_change_that_is_too_long_lowers_d(length, expected):
+    """The usual length is 1, and d is 0 for a change that is 2.5 usual lengths too long."""
+    U = np.array([[1.0, 0], [1, 0], [1, 0], [length, 0]])
+    assert direction_distance(U, np.ones(4), UNKNOWN, DIRECTIONS)[1] == pytest.approx(np.array([1, 1, 1, expected]))
 
 
 @pytest.mark.parametrize(("exponent", "fitted"), [(0.5, 0.5), (1.0, 1.0), (2.0, 1.0), (-1.0, 0.0)])
@@ -32,29 +66,18 @@ def test_the_usual_length_is_a_power_of_the_steps(exponent, fitted):
         assert usual_lengths(lengths, steps) == pytest.approx(3.0 * steps**fitted)
     usual = usual_lengths(lengths, steps)
     assert np.diff(np.log(usual)) / np.diff(np.log(steps)) == pytest.approx(fitted, abs=1e-9)
+
+
+def test_a_claim_of_many_steps_does_not_make_a_long_change_usual():
+    """Eight have equal steps, so a change's length does not depend on them, whatever the two others say."""
+    steps, lengths = np.array([22_000, 220, *[22] * 8]), np.array([900.0, 90, *[1.0] * 8])
+    assert usual_lengths(lengths, steps).tolist() == [1] * 10
     assert usual_lengths(np.array([1.0, 3, 3, 9]), np.full(4, 7)) == pytest.approx(3)  # the median length
+    assert usual_lengths(np.array([0.0, 5]), np.array([1, 9])).tolist() == [5, 5]
+    assert usual_lengths(np.zeros(2), np.ones(2)).tolist() == [1, 1]
 
 
-def test_a_group_is_opposed_if_it_pulls_the_model_back():
-    def answer(*members):
-        U = np.array([[1.0, 0], [1, 0], [1, 0], *members])
-        return opposed(squared_distances(U)[0], (U**2).sum(1), np.arange(len(U)) > 2)
-
-    assert answer((-0.01, 1)) and answer((-0.01, 1), (-1, 0))
-    assert not answer((0.01, 1)) and not answer((0, 1))  # a right angle is no opposition: noise has one
-    assert not answer((-1, 0), (0.01, 1))  # each member must be opposed
-
-
-def test_positions_are_the_models_and_other_rows_stay():
-    W, w = np.array([[4.0, 5], [1, 3], [np.nan, 0], [7, 7]]), np.ones(2)
-    asked = np.array([True, True, True, False])
-    assert measured(W, w, np.ones(4), asked, PAPER) is W
-    M = measured(W, w, np.ones(4), asked, DIRECTIONS)
-    assert M[:2] == pytest.approx(directions(W[:2] - 1, ONES[:2])) and np.isnan(M[2, 0]) and M[3].tolist() == [7, 7]
-    assert W[0].tolist() == [4, 5]
-
-
-def federation(seed: int, steps: np.ndarray, flipped: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def federation(seed: int, steps: np.ndarray, flipped: int = 0, drift: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
     """Models [n, 400] after so many steps, the first `flipped` of which drift the other way, and the global model.
 
     A change is as long as the square root of its steps, as that of a random walk.
@@ -62,7 +85,7 @@ def federation(seed: int, steps: np.ndarray, flipped: int = 0) -> tuple[np.ndarr
     rng = np.random.default_rng(seed)
     w, away = rng.normal(size=400), rng.normal(size=(len(steps), 400))
     U = away / np.linalg.norm(away, axis=1, keepdims=True)
-    U[:, 0] += np.where(np.arange(len(steps)) < flipped, -1, 1)  # half of its square is drift
+    U[:, 0] += np.where(np.arange(len(steps)) < flipped, -drift, drift)  # with 1, half of the square is drift
     return w + U * np.sqrt(steps)[:, None], w
 
 
@@ -70,7 +93,7 @@ def excluded(W, w, steps, preset, rounds=3):
     """Who is excluded if the same models are submitted in each round, and MAD starts in the last one."""
     state = initial_state(len(W))
     for t in range(1, rounds + 1):
-        state = mad_step(measured(W, w, steps, state.active, preset), state, t, rounds, preset)
+        state = mad_step(W, state, t, rounds, preset, w, steps)
     return np.flatnonzero(~state.active).tolist()
 
 
@@ -83,8 +106,26 @@ def test_clients_of_all_sizes_stay_and_flippers_of_all_sizes_go(seed):
     W, w = federation(seed, STEPS)
     assert excluded(W, w, STEPS, DIRECTIONS) == []
     assert set(excluded(W, w, STEPS, PAPER)) & {6, 9}
-    W, w = federation(seed, STEPS, flipped=2)
-    assert excluded(W, w, STEPS, DIRECTIONS) == [0, 1]
+    for flipped in (1, 2, 4):
+        W, w = federation(seed, STEPS, flipped)
+        assert excluded(W, w, STEPS, DIRECTIONS) == list(range(flipped))
+
+
+def test_converged_clients_with_chance_directions_stay():
+    state = initial_state(10)
+    for t in range(1, 201):
+        W, w = federation(t, STEPS, drift=0)
+        state = mad_step(W, state, t, 1, DIRECTIONS, w, STEPS)
+    assert state.active.all() and state.d.min() > 0.8
+
+
+def test_an_attack_that_starts_late_is_found():
+    state = initial_state(10)
+    for t in range(1, 41):
+        W, w = federation(t, STEPS, flipped=2 * (t > 20))
+        state = mad_step(W, state, t, 1, DIRECTIONS, w, STEPS)
+        assert t > 20 or state.active.all()
+    assert np.flatnonzero(~state.active).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("preset", [PAPER, DIRECTIONS])
@@ -100,24 +141,42 @@ def test_equal_changes_and_none_cost_nobody_its_place():
         assert excluded(W, w, np.ones(6), DIRECTIONS) == []
 
 
+def test_directions_need_the_global_weights_and_the_steps():
+    W, w = federation(0, STEPS)
+    for given_ in ((), (w,), (None, STEPS)):
+        with pytest.raises(ValueError, match="directions need the last global weights w and the clients' steps"):
+            mad_step(W, initial_state(10), 1, None, DIRECTIONS, *given_)
+
+
+def test_rows_of_clients_that_were_not_asked_change_nothing():
+    """Nor do those that are not finite, whose clients are excluded at once."""
+    W, w = federation(0, STEPS)
+    state = replace(initial_state(10), active=np.arange(10) != 3)
+    W[3], W[5] = 1e9, np.nan
+    first = mad_step(W, state, 1, None, DIRECTIONS, w, STEPS)
+    rest = [0, 1, 2, 4, 6, 7, 8, 9]
+    other = mad_step(W[rest], initial_state(8), 1, None, DIRECTIONS, w, STEPS[rest])
+    assert first.active.tolist() == [client in rest for client in range(10)]
+    assert first.d[rest].tolist() == other.d.tolist() and np.isnan(first.d[[3, 5]]).all()
+
+
 @settings(max_examples=40)
 @given(st.integers(0, 10**6), st.permutations(range(10)), st.floats(-1e3, 1e3), st.sampled_from([1e-3, 0.25, 64.0]))
 def test_the_order_the_place_and_the_size_of_changes_do_not_matter(seed, order, shift, scale):
     W, w = federation(seed, STEPS, flipped=seed % 4)
-    order = list(order)
-    first = measured(W, w, STEPS, np.ones(10, bool), DIRECTIONS)
-    other = measured(w + shift + scale * (W - w), w + shift, STEPS, np.ones(10, bool), DIRECTIONS)
-    assert other == pytest.approx(first, abs=1e-6)
-    assert measured(W[order], w, STEPS[order], np.ones(10, bool), DIRECTIONS) == pytest.approx(first[order], abs=1e-12)
+    order, start = list(order), initial_state(10)
+    first = mad_step(W, start, 1, None, DIRECTIONS, w, STEPS)
+    other = mad_step(w + shift + scale * (W - w), start, 1, None, DIRECTIONS, w + shift, STEPS)
+    mixed = mad_step(W[order], start, 1, None, DIRECTIONS, w, STEPS[order])
+    for name in ("distance", "d"):
+        assert getattr(other, name) == pytest.approx(getattr(first, name), abs=1e-6)
+        assert getattr(mixed, name) == pytest.approx(getattr(first, name)[order], abs=1e-12)
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.float64])
 @pytest.mark.parametrize("share", [1.0, 1e-3])
 def test_numbers_of_any_size_are_measured_without_a_warning(kind, share):
-    """Two of ten clients submit the largest numbers, or infinity. The others stay, and all numbers are finite.
-
-    One of the two can hide the other, because it has fewer steps and counts as farther.
-    """
+    """Two of ten clients submit the largest numbers, or infinity, and go. The others stay."""
     most = float(np.finfo(kind).max) * share
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -125,16 +184,31 @@ def test_numbers_of_any_size_are_measured_without_a_warning(kind, share):
             W, w = federation(1, STEPS)
             W, w = W.astype(kind), w.astype(kind)
             W[[2, 6]] = value
-            M = measured(W, w, STEPS, np.ones(10, bool), DIRECTIONS)
-            assert np.isfinite(np.delete(M, [2, 6], 0)).all() and np.isfinite(M).all() == np.isfinite(value)
-            assert excluded(W, w, STEPS, DIRECTIONS) in ([2], [2, 6]), value
+            assert excluded(W, w, STEPS, DIRECTIONS) == [2, 6], value
 
 
 def test_with_equal_shares_it_finds_the_attackers_too(small):
-    """A run of its own: the same attackers as with positions, and the plane is drawn around the main cluster."""
+    """A run of its own: the same attackers as with positions, and nobody if nobody attacks."""
     config = Config(rounds=6, mad_start=5, clients=6, malicious=0.34, settings=DIRECTIONS, threads=1)
     assert config.name == "mad5-directions-rounds6-clients6-malicious0.34-s0"
     found = simulate(config, dataset=small).summary
     assert (found["true_exclusions"], found["false_exclusions"]) == (2, 0)
-    none = simulate(replace(config, malicious=0.0, lr=0.0), dataset=small).summary
-    assert none["false_exclusions"] == 0
+    assert simulate(replace(config, malicious=0.0), dataset=small).summary["false_exclusions"] == 0
+
+
+def test_the_server_counts_the_steps_of_the_images_that_it_is_told_of(small, monkeypatch):
+    """The negative control is `label_flip`, whose clients tell the truth."""
+    told = {}
+
+    def step(W, state, t, mad_start, settings, w, steps):
+        told.setdefault(attack, steps)
+        return mad_step(W, state, t, mad_start, settings, w, steps)
+
+    monkeypatch.setattr(madsim, "mad_step", step)
+    config = Config(rounds=1, clients=4, malicious=0.25, partition="quantity", batch_size=7, threads=1)
+    for attack in ("label_flip", "liar"):
+        result = simulate(replace(config, attack=attack, settings=DIRECTIONS), dataset=small)
+    sizes, bad = np.array(result.summary["training_images"]), result.summary["malicious"]
+    assert len(set(sizes)) == 4 and told["label_flip"].tolist() == np.ceil(sizes / 7).tolist()
+    sizes[bad] *= 10
+    assert told["liar"].tolist() == np.ceil(sizes / 7).tolist()

@@ -153,8 +153,9 @@ def test_a_fraction_that_makes_nobody_malicious_is_said():
 
 @pytest.mark.parametrize(
     ("attack", "flip", "warned"),
-    [("label_flip", 0.004, True), ("label_flip", 0.006, False), ("label_flip", 0.0, True), ("scaled", 0.004, False)],
-)
+    [("label_flip", 0.004, True), ("label_flip", 0.006, False), ("label_flip", 0.0, True), ("scaled", 0.004, False),
+     ("liar", 0.0, False)],
+)  # fmt: skip
 def test_a_share_that_flips_no_label_is_said(attack, flip, warned, small):
     """Each of the four clients has 100 images: 0.4 of a label is none, 0.6 is one."""
     madsim.warn_once.cache_clear()

@@ -296,6 +296,12 @@ def test_threshold_is_a_line_at_its_value_in_the_trust_panel_alone(tmp_path):
     assert not [label for label in lines(reputation) if label.startswith("threshold")]
 
 
+@pytest.mark.parametrize(("judged", "panels"), [("reputation", [True, False]), ("d", [False, False])])
+def test_threshold_is_a_line_in_the_panel_of_what_is_judged(tmp_path, judged, panels):
+    axes = plot.scores_figure(loaded(tmp_path / "c", settings={"threshold": 0.5, "judged": judged})).axes
+    assert ["threshold 0.5" in lines(panel) for panel in axes] == panels
+
+
 def test_excluded_without_a_score_in_that_round_is_marked_at_the_last_one(tmp_path):
     rows = [row if row[:2] != (3, 2) else (3, 2, 1, 0, "", "") for row in CLIENT_ROWS]
     ax = new_ax()

@@ -840,7 +840,7 @@ def test_whatever_is_submitted_the_scores_stay_in_range(rows, preset):
     W, state = np.array(rows, np.float32), initial_state(len(rows))
     for t in range(1, 7):
         try:
-            state = mad_step(W, state, t, 2, PRESETS[preset])
+            state = mad_step(W, state, t, 2, PRESETS[preset], np.zeros(3), np.ones(len(W)))
         except FloatingPointError:
             assert not np.isfinite(W[state.active]).all(1).any()
             return

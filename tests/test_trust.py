@@ -362,11 +362,17 @@ def submissions(seed: int, far: tuple[int, ...] = (1, 4), clients: int = 10, by:
     return W
 
 
+def from_zero(W) -> tuple[np.ndarray, np.ndarray]:
+    """What the preset `directions` needs besides the models: global weights of 0, and one step of each client."""
+    return np.zeros(W.shape[1]), np.ones(len(W))
+
+
 def play(rounds: int, mad_start: int | None, settings: Settings = PAPER, far=(1, 4), edit=lambda W, t: W):
     """The initial state, and the state after each of `rounds` rounds of such submissions."""
     states = [initial_state(10)]
     for t in range(1, rounds + 1):
-        states.append(mad_step(edit(submissions(t, far), t), states[-1], t, mad_start, settings))
+        W = edit(submissions(t, far), t)
+        states.append(mad_step(W, states[-1], t, mad_start, settings, *from_zero(W)))
     return states
 
 
@@ -452,7 +458,8 @@ def test_a_client_that_submits_no_numbers_is_excluded_at_once(poison, mad_start,
     assert [bool(s.active[7]) for s in states[1:]] == [True, False, False, False]
     assert np.isnan(states[2].trust[7])
     others = np.arange(10) != 7
-    clean = mad_step(submissions(2)[others], _without(states[1], 7), 2, mad_start, preset)
+    W = submissions(2)[others]
+    clean = mad_step(W, _without(states[1], 7), 2, mad_start, preset, *from_zero(W))
     assert states[2].trust[others] == pytest.approx(clean.trust)  # client 7 reached neither K-means nor the scale
 
 
@@ -595,7 +602,7 @@ def test_any_finite_numbers_are_scored_in_their_range_without_a_warning(W, sprea
         for preset in PRESETS.values():
             state = replace(initial_state(5), spread=spread)
             for t in (1, 2):
-                state = mad_step(W, state, t, 2, preset)
+                state = mad_step(W, state, t, 2, preset, *from_zero(W))
                 scores = np.array([state.d, state.reputation, state.trust])[:, ~np.isnan(state.d)]
                 assert scores.shape[1] >= 1 and ((scores >= 0) & (scores <= 1)).all()
                 assert np.isfinite([state.spread, *state.distance[~np.isnan(state.d)]]).all()

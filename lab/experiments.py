@@ -29,6 +29,9 @@ NEWEST = [
     "initial_weights",
     "judged",
     "measured",
+    "malicious_clients",
+    "excluded_clients",
+    "images_of_clients",
 ]
 COUNTED = {  # columns of an experiment's Markdown table that count clients or runs: heading, count, and of how many
     "attackers out": ("true_exclusions", "attackers"), "honest out": ("false_exclusions", "honest"),
@@ -299,6 +302,8 @@ def results_of(folder: Path) -> dict[str, Any]:
     last = since.tail(LAST).drop(columns=["round", "active"])
     found = identity(about) | {"attackers": len(summary["malicious"])}
     found |= {name: summary[name] for name in ("complete", *DETECTION)}
+    lists = {"malicious_clients": "malicious", "excluded_clients": "excluded", "images_of_clients": "training_images"}
+    found |= {name: " ".join(map(str, summary[key])) for name, key in lists.items()}
     found |= {name: rounded(value) for name, value in last.mean().items()}
     found["fluctuation"] = rounded(since["honest_accuracy"].tail(LAST + 1).diff().std())
     for change, name in product(summary["jumps"][:1], ("loss", "accuracy")):

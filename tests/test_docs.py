@@ -227,6 +227,25 @@ def test_the_main_numbers_are_those_of_their_cells(experiment, row, column, metr
     assert said in PAGES["docs/replication.md"]
 
 
+def test_whom_positions_exclude_and_miss_where_clients_differ_in_size():
+    """The section on non-IID data: the largest clients are out without an attack, and small attackers are missed."""
+    table = pd.read_csv(HERE / "docs" / "results" / "noniid" / "table.csv", keep_default_na=False)
+    missed, shares = [], []
+    for run in table[table["column"].str.endswith("MAD from 10") & (table["row"] != "iid")].itertuples():
+        bad, out, images = ([*map(int, str(text).split())] for text in run[-3:])
+        largest = sorted(range(10), key=lambda client: -images[client])
+        missed += [(largest.index(client), images[client]) for client in set(bad) - set(out)]
+        if run.row.startswith("quantity") and not bad:
+            assert set(out) == set(largest[: len(out)]) and out
+            shares.append(sum(images[client] for client in out) / sum(images))
+    page = " ".join(PAGES["docs/replication.md"].split())
+    assert f"In each of these {len(shares)} runs, the excluded clients are exactly the largest ones" in page
+    assert f"They hold {100 * min(shares):.0f} to {100 * max(shares):.0f} % of" in page
+    assert all(place >= 6 for place, _ in missed) and f"All {len(missed)} attackers that it misses" in page
+    numbers = [images for _, images in missed]
+    assert f"with {min(numbers)} to {max(numbers)} images" in page
+
+
 def test_the_worked_example_of_the_lesson():
     """The tables of docs/lesson.md hold the numbers of trust.py for the models 0, 1, 2 and 10, submitted twice."""
     import trust

@@ -145,6 +145,7 @@ def test_a_run_s_means_start_at_its_last_exclusion(returned, tmp_path):
     pd.DataFrame(clients, columns=["round", "client", "active"]).to_csv(tmp_path / "clients.csv", index=False)
     known = {
         "malicious": [1],
+        "training_images": [30, 20],
         "excluded": {"1": 2 if returned else 4},
         "complete": True,
         "jumps": [],
@@ -157,6 +158,7 @@ def test_a_run_s_means_start_at_its_last_exclusion(returned, tmp_path):
     run = experiments.results_of(tmp_path)
     assert (run["averaged"], run["last"], run["last_exclusion"], run["honest_accuracy"]) == (3, 6, 4, 0.833333)
     assert run["fluctuation"] == pytest.approx(0.05 * 2**0.5, rel=1e-5)
+    assert (run["malicious_clients"], run["excluded_clients"], run["images_of_clients"]) == ("1", "1", "30 20")
 
 
 def test_spans_of_rounds_by_hand(tmp_path):
@@ -250,7 +252,7 @@ def test_an_experiment_writes_its_tables(quick, grid, tmp_path, capsys):
     assert re.search("; seeds 0, 1; 4 runs(, [1-3] of them distinct [^;]*)?; commit ", text)
     assert "over the last 3 to 4 rounds, without rounds before" in text
     assert "\ntwo by one; phantom images; last 3 to 4 rounds, mean" in out
-    assert list(runs.columns[-9:]) == experiments.NEWEST
+    assert list(runs.columns[-len(experiments.NEWEST) :]) == experiments.NEWEST
     assert text.count("| MAD from 2 |") == 2
     resumed = next(path for path in (tmp_path / "grid").glob("*s1/config.json"))
     about = json.loads(resumed.read_text())

@@ -124,7 +124,8 @@ BYZFL = {  # further rules of `defences`, if the package byzfl is installed
     "centered clipping": "CenteredClipping",
     "nearest-neighbour mixing, trimmed mean": "NNM>TrMean",
 }
-PARTS = {"dirichlet": (10.0, 1.0, 0.5), "quantity": (1.0, 0.5)}
+PARTS = {"dirichlet": (10.0, 1.0, 0.5, 0.1), "quantity": (10.0, 1.0, 0.5, 0.1)}
+DIRECTIONS = {"directions from {10}": {"preset": "directions", "mad_start": 10}}
 EXPERIMENTS = {
     "fig3a": Experiment(
         "Figs. 3(a, b): MAD from several rounds, never, and no attack",
@@ -163,6 +164,7 @@ EXPERIMENTS = {
             "preset paper, threshold 0.85": {"threshold": 0.85},
             "preset paper, spread of the centre": {"spread": "centre"},
             "preset testbed": {"preset": "testbed"},
+            "preset directions": {"preset": "directions"},
         },
         {
             f"{share:.0%}, {start}": {"malicious": share} | options
@@ -256,7 +258,7 @@ EXPERIMENTS = {
         {
             f"{attack}, {start}": malicious | options
             for attack, malicious in (HONEST | {"label_flip": FLIP}).items()
-            for start, options in mad_from(None, 10).items()
+            for start, options in (mad_from(None, 10) | DIRECTIONS).items()
         },
     ),
     "membership": Experiment(

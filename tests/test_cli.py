@@ -137,7 +137,7 @@ def test_bad_input_gets_one_line(arguments, expected, capsys, tmp_path):
         (
             "--experiment noniid --alpha 1",
             "--alpha 1 is MAD's alpha in eq. (2); "
-            "partition dirichlet or quantity uses --concentration, here 0.5 or 1 or 10",
+            "partition dirichlet or quantity uses --concentration, here 0.1 or 0.5 or 1 or 10",
         ),
         ("--partition dirichlet --alpha 0.3 --concentration 1", None),
         ("--partition dirichlet --concentration 1", None),

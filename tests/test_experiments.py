@@ -49,7 +49,7 @@ def test_names_say_the_rounds_that_are_run():
     assert starts == {f"MAD from {start}": start for start in (1, 4, 8, 12, 16)} | never
     starts = {name: c.mad_start for (name, _), c in cells("fig3a", rounds=4).items()}
     assert starts == {f"MAD from {start}": start for start in (1, 2, 3)} | never
-    assert len(cells("readings", rounds=1)) == 15 * 3  # MAD from 5 and from 40 are one column
+    assert len(cells("readings", rounds=1)) == 16 * 3  # MAD from 5 and from 40 are one column
     assert "{" not in "".join(row + column for name in EXPERIMENTS for row, column in cells(name))
 
 

@@ -31,7 +31,7 @@ MANY = 256  # ours: with so many rows, products take half of the time in single 
 COLUMNS = 2048  # ours, measured: of the rows whose products are summed at once
 DROWNED = 1e-2  # ours: in single precision a squared distance is right to about 1e-6 of those from the middle row
 MEMORY = 0.9  # ours: the share of its agreement that a client keeps from round to round
-LITTLE = 0.1  # ours: less agreement than this is chance
+LITTLE = 0.2  # ours, measured: half of this against the others can still be chance
 SMALLER = 2.0**-64  # ours: a sum of weights that overflows is taken of weights so much smaller
 
 OPEN: list[Any] = []  # what limits the threads of products, once for each open block of `one_thread`
@@ -403,14 +403,17 @@ def direction_distance(U: Array, steps: Array, before: Array, settings: Settings
     The distance is 1 minus the client's `agreement` with the others. A single direction is noisy, so nine tenths of it
     come from the distance `before` [n], in the last round (NaN: the client has none). d is 1 if the agreement is 0 or
     more. It is 0 if the client is as much against the others as the median client is with them, as with flipped labels.
-    A change that is too long lowers d, too: to 0 if it is `settings.scale_floor` usual lengths too long. Ours.
+    A change that is too long lowers d, too: to 0 if it is `settings.scale_floor` usual lengths too long. The usual
+    length grows with the square root of the steps, as that of a random walk: who claims a hundred times as many images
+    may move ten times as far. Ours.
     """
     U, _ = scaled(U)
     lengths = np.sqrt(np.einsum("np,np->n", U, U))
     found = agreement(U / np.where(lengths > 0, lengths, 1)[:, None], steps)
     found = np.where(np.isnan(before), found, MEMORY * (1 - before) + (1 - MEMORY) * found)
     against = np.clip(-found / max(float(np.median(found)), LITTLE), 0, 1)
-    excess = np.clip(lengths / usual_lengths(lengths, steps) - 1, 0, settings.scale_floor)
+    paces = lengths / np.sqrt(steps)
+    excess = np.clip(paces / (np.median(paces[paces > 0]) if paces.any() else 1) - 1, 0, settings.scale_floor)
     return 1 - found, (1 - against) * (1 - excess / (settings.scale_floor or 1))
 
 
@@ -426,24 +429,6 @@ def agreement(units: Array, steps: Array) -> Array:
         sums = units @ (weights @ units) - weights * np.einsum("np,np->n", units, units)
     others = weights.sum() - weights
     return sums / others if len(units) > 1 else np.ones(1)
-
-
-def usual_lengths(lengths: Array, steps: Array) -> Array:
-    """How long a change [n] usually is after so many `steps` [n]: c steps^p, fitted to the `lengths` [n] of all.
-
-    p is 1/2 for a random walk and 1 for a straight line, and here between 0 and 1. It is the repeated median (Siegel
-    1982) of the slopes between the logarithms, where the slope between equal steps is 0. c is the median of what is
-    left. So less than half of the clients can't move the usual length far. Changes of 0 do not count.
-    """
-    moved = lengths > 0
-    if moved.sum() < 2:
-        return np.full(len(lengths), float(lengths.max()) or 1.0)
-    x, y = np.log(steps[moved]), np.log(lengths[moved])
-    run, rise = x[:, None] - x, y[:, None] - y
-    slopes = np.divide(rise, run, out=np.zeros_like(run), where=run != 0)
-    np.fill_diagonal(slopes, np.nan)
-    p = np.clip(np.median(np.nanmedian(slopes, axis=1)), 0, 1)
-    return np.exp(np.median(y - p * x)) * steps**p
 
 
 # ---------------------------------------------------------------- equations (1)-(7)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import madsim
 from madsim import Config, simulate
-from trust import PRESETS, agreement, direction_distance, initial_state, mad_step, usual_lengths
+from trust import PRESETS, agreement, direction_distance, initial_state, mad_step
 
 PAPER, DIRECTIONS = PRESETS["paper"], PRESETS["directions"]
 UNKNOWN = np.full(4, np.nan)  # no client has a distance before the first round
@@ -43,8 +43,8 @@ def test_who_is_as_much_against_the_others_as_they_agree_has_d_0():
 
 
 def test_a_little_disagreement_is_chance():
-    """The cosines are 0, -0.05 and -0.05, so the agreements are -0.025, -0.025 and -0.05, and the median counts 0.1."""
-    U = np.array([[1.0, 0, 0], [0, 1, 0], [-0.05, -0.05, (1 - 2 * 0.05**2) ** 0.5]])
+    """The cosines are 0, -0.1 and -0.1, so the agreements are -0.05, -0.05 and -0.1, and the median counts as 0.2."""
+    U = np.array([[1.0, 0, 0], [0, 1, 0], [-0.1, -0.1, (1 - 2 * 0.1**2) ** 0.5]])
     d = direction_distance(U, np.ones(3), UNKNOWN[:3], DIRECTIONS)[1]
     assert d == pytest.approx(np.array([0.75, 0.75, 0.5]))
 
@@ -56,25 +56,19 @@ def test_a_change_that_is_too_long_lowers_d(length, expected):
     assert direction_distance(U, np.ones(4), UNKNOWN, DIRECTIONS)[1] == pytest.approx(np.array([1, 1, 1, expected]))
 
 
-@pytest.mark.parametrize(("exponent", "fitted"), [(0.5, 0.5), (1.0, 1.0), (2.0, 1.0), (-1.0, 0.0)])
-def test_the_usual_length_is_a_power_of_the_steps(exponent, fitted):
-    """Two of seven clients lie about theirs; the exponent is at least 0 and at most 1."""
-    steps = np.array([1, 4, 16, 64, 100, 2, 9])
-    lengths = 3.0 * steps**exponent
-    if fitted == exponent:
-        lengths[[0, 3]] = 1e6, 1e-6
-        assert usual_lengths(lengths, steps) == pytest.approx(3.0 * steps**fitted)
-    usual = usual_lengths(lengths, steps)
-    assert np.diff(np.log(usual)) / np.diff(np.log(steps)) == pytest.approx(fitted, abs=1e-9)
+def test_the_usual_length_grows_with_the_square_root_of_the_steps():
+    """All have the pace 1 but the last, whose change is 2.25 times too long. Without 0 the median pace is still 1."""
+    steps, lengths = np.array([1, 4, 9, 0.25, 4]), np.array([1.0, 2, 3, 0, 4.5])
+    d = direction_distance(lengths[:, None] * np.array([1.0, 0]), steps, np.full(5, np.nan), DIRECTIONS)[1]
+    assert d == pytest.approx(np.array([1, 1, 1, 1, 0.5]))
 
 
-def test_a_claim_of_many_steps_does_not_make_a_long_change_usual():
-    """Eight have equal steps, so a change's length does not depend on them, whatever the two others say."""
-    steps, lengths = np.array([22_000, 220, *[22] * 8]), np.array([900.0, 90, *[1.0] * 8])
-    assert usual_lengths(lengths, steps).tolist() == [1] * 10
-    assert usual_lengths(np.array([1.0, 3, 3, 9]), np.full(4, 7)) == pytest.approx(3)  # the median length
-    assert usual_lengths(np.array([0.0, 5]), np.array([1, 9])).tolist() == [5, 5]
-    assert usual_lengths(np.zeros(2), np.ones(2)).tolist() == [1, 1]
+def test_a_claim_of_more_steps_lets_a_change_be_as_long_as_its_root():
+    """Nine times the steps, so 3 is usual, 3 * 2.25 has d = 1/2, and 3 * 3.5 has d = 0."""
+    for length, expected in ((3, 1), (6.75, 0.5), (10.5, 0), (90, 0)):
+        U = np.array([[1.0, 0], [1, 0], [1, 0], [length, 0]])
+        d = direction_distance(U, np.array([22, 22, 22, 198]), UNKNOWN, DIRECTIONS)[1]
+        assert d == pytest.approx(np.array([1, 1, 1, expected]))
 
 
 def federation(seed: int, steps: np.ndarray, flipped: int = 0, drift: float = 1.0) -> tuple[np.ndarray, np.ndarray]:

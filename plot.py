@@ -112,9 +112,7 @@ def plot_score(ax: Axes, run: Run, score: str) -> None:
         line(ax, scored["round"], scored[score], **style)
     mark_exclusions(ax, run, score)
     mark_start(ax, run, color="black", label=f"MAD start (round {run.config.get('mad_start')})")
-    settings = run.config.get("settings") or {}
-    threshold = settings.get("threshold")
-    if score == settings.get("judged", "trust") and threshold is not None:
+    if (threshold := run.threshold(score)) is not None:
         ax.axhline(threshold, color=THRESHOLD, linestyle=":", label=f"threshold {threshold:g}")
 
 

@@ -31,7 +31,7 @@ MANY = 256  # ours: with so many rows, products take half of the time in single 
 COLUMNS = 2048  # ours, measured: of the rows whose products are summed at once
 DROWNED = 1e-2  # ours: in single precision a squared distance is right to about 1e-6 of those from the middle row
 MEMORY = 0.9  # ours: the share of its agreement that a client keeps from round to round
-LITTLE = 0.2  # ours, measured: half of this against the others can still be chance
+LITTLE = 0.2  # ours, measured: a median agreement below this counts as this
 SMALLER = 2.0**-64  # ours: a sum of weights that overflows is taken of weights so much smaller
 
 OPEN: list[Any] = []  # what limits the threads of products, once for each open block of `one_thread`
@@ -165,7 +165,7 @@ class State:
 
     round: int  # the last scored round; 0 before the first
     spread: float  # largest usual distance of any round so far; 0 before the first round
-    distance: Array  # from the main cluster's centre, in units of the weights, cut off as in `scaled`; or of directions
+    distance: Array  # from the main cluster's centre, in units of the weights (see `scaled`); or 1 - agreement
     d: Array  # 1 central, 0 far
     reputation: Array  # R, in [0, 1]
     trust: Array  # in [0, 1]
@@ -199,6 +199,12 @@ def scaled(W: Array, kind: type[np.floating] | None = None) -> tuple[Array, floa
     _, exponent = frexp(sizes[len(sizes) // 2] or sizes[-1])
     unit = max(2.0 ** (exponent - 1), float_info.min)
     return np.clip(W.astype(np.float64), -LARGEST * unit, LARGEST * unit) / unit, unit
+
+
+def unit_rows(U: Array) -> tuple[Array, Array]:
+    """The rows of U [n, P] divided by their lengths, and these lengths [n]. A row of 0 stays 0."""
+    lengths = np.linalg.norm(U, axis=1)
+    return U / np.where(lengths > 0, lengths, 1)[:, None], lengths
 
 
 def unscaled(values: Any, unit: float) -> Any:
@@ -408,12 +414,13 @@ def direction_distance(U: Array, steps: Array, before: Array, settings: Settings
     may move ten times as far. Ours.
     """
     U, _ = scaled(U)
-    lengths = np.sqrt(np.einsum("np,np->n", U, U))
-    found = agreement(U / np.where(lengths > 0, lengths, 1)[:, None], steps)
+    units, lengths = unit_rows(U)
+    found = agreement(units, steps)
     found = np.where(np.isnan(before), found, MEMORY * (1 - before) + (1 - MEMORY) * found)
     against = np.clip(-found / max(float(np.median(found)), LITTLE), 0, 1)
     paces = lengths / np.sqrt(steps)
-    excess = np.clip(paces / (np.median(paces[paces > 0]) if paces.any() else 1) - 1, 0, settings.scale_floor)
+    usual = np.median(paces[paces > 0]) if paces.any() else 1.0
+    excess = np.clip(paces / usual - 1, 0, settings.scale_floor)
     return 1 - found, (1 - against) * (1 - excess / (settings.scale_floor or 1))
 
 

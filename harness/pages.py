@@ -65,11 +65,10 @@ def play(run: Run) -> str:
 
     reach = reaches(np.hypot(clients["x"], clients["y"]).groupby(clients["round"]).max()).reindex(shown)
     thousandths = 1000 / reach.to_numpy()[:, None]
-    settings = run.config.get("settings") or {}
     content = {
         "title": title(strategy(run), [run]).replace("\n", ": ", 1).replace("\n", " "),
         "rounds": shown, "malicious": malicious, "excluded": excluded, "start": run.config.get("mad_start"),
-        "threshold": settings.get("threshold") if settings.get("judged", "trust") == "trust" else None,
+        "threshold": run.threshold("trust"),
         "reach": [float(f"{value:g}") for value in reach],
         "points": [list(zip(*xy)) for xy in zip(table("x", thousandths), table("y", thousandths))],
         "trust": table("trust", 100), "reputation": table("reputation", 100),

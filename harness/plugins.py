@@ -76,11 +76,12 @@ def refuse_unknown(written: dict, path: Path) -> None:
     """Raise ValueError if the content of a config.json, at `path`, names an entry that no registry has."""
     for kind, registry in REGISTRIES.items():
         name = written.get(kind)
-        if isinstance(name, str) and name not in registry:
+        if not isinstance(name, str):
+            continue
+        if name not in registry:
             file = " ".join(Path(plugin).name for plugin in written.get("plugins") or ["FILE"])
             raise ValueError(f"{path} names the {kind} {name!r}, which is unknown here; load it with --plugin {file}")
-        if isinstance(name, str):
-            registry[name]  # a rule of byzfl says here that this package is missing
+        registry[name]  # a rule of byzfl says here that this package is missing
 
 
 def depart(config: Any) -> tuple:

@@ -86,6 +86,11 @@ class Run:
         data = self.config.get("data") or {}
         return data_in_words(data.get("name") or self.config.get("dataset") or "unknown data set", data.get("note"))
 
+    def threshold(self, score: str) -> float | None:
+        """The threshold of a score, "trust" for example. None for those that MAD does not judge."""
+        settings = self.config.get("settings") or {}
+        return settings.get("threshold") if settings.get("judged", "trust") == score else None
+
 
 def data_in_words(name: str, note: str | None) -> str:
     """The name of a data set as results show it. `note`: why the phantom replaced the real data, if it did."""

@@ -45,8 +45,12 @@ class Attack:
         """The numbers of training images [C] that the server is told, from the true ones: at least 1, at most 1e9."""
         if not self.claims:
             return sizes
-        factor = self.strength if strength is None else strength
-        return np.where(malicious, np.clip(np.round(factor * sizes), 1, 1e9), sizes).astype(sizes.dtype)
+        told = np.clip(np.round(self.strength_or_own(strength) * sizes), 1, 1e9)
+        return np.where(malicious, told, sizes).astype(sizes.dtype)
+
+    def strength_or_own(self, strength: float | None) -> float | None:
+        """The given strength, or the attack's own if it is None."""
+        return self.strength if strength is None else strength
 
     def submissions(
         self, W: Tensor, w: Tensor, honest: Tensor, rng: np.random.Generator, strength: float | None = None,
@@ -61,10 +65,10 @@ class Attack:
         if self.submit is None:
             return W
         w = w.clone()  # the function may work in place
-        honest = honest[honest.isfinite().all(1)]
-        options: dict = {} if self.strength is None else {"strength": self.strength if strength is None else strength}
+        seen = [honest[honest.isfinite().all(1)]] if self.sees_honest else []
+        options: dict = {} if self.strength is None else {"strength": self.strength_or_own(strength)}
         options |= {"burst": burst} if self.bursts else {}
-        submitted = self.submit(W, w, rng, *[honest] * self.sees_honest, **options)
+        submitted = self.submit(W, w, rng, *seen, **options)
         if not isinstance(submitted, torch.Tensor) or submitted.shape != W.shape:
             raise ValueError(f"the attack's submit must return a tensor of shape {list(W.shape)}")
         return submitted.detach().to(W)

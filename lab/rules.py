@@ -20,7 +20,18 @@ from zlib import crc32
 
 import numpy as np
 
-from trust import Array, Mask, Rule, mean, scaled, squared_distances, two_means, unscaled, without_overflow
+from trust import (
+    Array,
+    Mask,
+    Rule,
+    mean,
+    scaled,
+    squared_distances,
+    two_means,
+    unit_rows,
+    unscaled,
+    without_overflow,
+)
 
 WEISZFELD_STEPS = 10_000  # ours: the most steps. About 30 are enough, unless one row has almost half of the weight.
 CONVERGED = 1e-9  # ours: the steps end when a step is shorter than this fraction of the median distance
@@ -130,8 +141,7 @@ def lfighter(U: Array, weights: Array, f: int) -> Array:
     if squared.max() == 0:
         return mean(U, weights, f)
     group = two_means(squared)
-    lengths = np.linalg.norm(last, axis=1, keepdims=True)
-    unit = last / np.where(lengths > 0, lengths, 1)
+    unit, _ = unit_rows(last)
 
     def dissimilarity(members: Mask) -> float:
         cosine = unit[members] @ unit[members].T - np.eye(members.sum())

@@ -232,7 +232,8 @@ def test_whom_positions_exclude_and_miss_where_clients_differ_in_size():
     table = pd.read_csv(HERE / "docs" / "results" / "noniid" / "table.csv", keep_default_na=False)
     missed, shares = [], []
     for run in table[table["column"].str.endswith("MAD from 10") & (table["row"] != "iid")].itertuples():
-        bad, out, images = ([*map(int, str(text).split())] for text in run[-3:])
+        texts = run.malicious_clients, run.excluded_clients, run.images_of_clients
+        bad, out, images = ([*map(int, str(text).split())] for text in texts)
         largest = sorted(range(10), key=lambda client: -images[client])
         missed += [(largest.index(client), images[client]) for client in set(bad) - set(out)]
         if run.row.startswith("quantity") and not bad:

@@ -115,9 +115,8 @@ def dropped_or_observed(name: str, options: dict) -> dict[str, dict]:
 FLIP = {"attack": "label_flip", "flip": 1.0, "malicious": 0.2}
 HONEST = {"no attack": FLIP | {"malicious": 0.0}}
 AT_MAD = ("near_copies", "chain")  # attacks that make sense against MAD alone, in `threats`
-NOT_MEASURED = ("min_max", "min_sum", "sidestep", "liar", "stumble")  # so far
-# NaN is excluded without any defence
-ATTACKED = {name: FLIP | {"attack": name} for name in ATTACKS if name not in ("nan", *AT_MAD, *NOT_MEASURED)}
+APART = ("nan", "stumble", "sidestep", *AT_MAD)  # NaN is excluded without any defence; `stumble` is an accident
+ATTACKED = {name: FLIP | {"attack": name} for name in ATTACKS if name not in APART}
 MIN_MAX = {"scale_floor": 0.0}
 ALWAYS_GROUPED = {"clusters": 2, "silhouette": -1.0, "outlying": 0.0}  # the smaller cluster is always outlying
 BYZFL = {  # further rules of `defences`, if the package byzfl is installed
@@ -186,10 +185,14 @@ EXPERIMENTS = {
             "blind in round {9}": FLIP | {"attack": "blind", "attack_start": 9},
             **{f"ipm, epsilon {size:g}": FLIP | {"attack": "ipm", "strength": size} for size in (0.1, 0.5, 1.0, 2.0)},
             "sign_flip, 4 times": FLIP | {"attack": "sign_flip", "strength": 4.0},
-            "alie, 40 % malicious": FLIP | {"attack": "alie", "malicious": 0.4},
-            "hug, 40 % malicious": FLIP | {"attack": "hug", "malicious": 0.4},
+            "liar, 100 times": FLIP | {"attack": "liar", "strength": 100.0},
+            "sidestep": FLIP | {"attack": "sidestep"},
+            **{
+                f"{name}, 40 % malicious": FLIP | {"attack": name, "malicious": 0.4}
+                for name in ("alie", "hug", "min_max", "min_sum", "sidestep")
+            },
         },
-        mad_from(None, 10),
+        mad_from(None, 10) | DIRECTIONS,
     ),
     "threats": Experiment(
         "attacks that know MAD, by more and more clients",
@@ -245,6 +248,13 @@ EXPERIMENTS = {
             for attack, malicious in (HONEST | {"label_flip": FLIP}).items()
             for preset in ("paper", "directions")
         },
+    ),
+    "long": Experiment(
+        "the preset directions in long runs",
+        1000,
+        {"no attack, MAD from {10}": {"malicious": 0.0, "mad_start": 10}} | mad_from(10, 500),
+        {"": {"preset": "directions"}},
+        spans=((100, 499), (490, 499), (501, 1000)),
     ),
     "noniid": Experiment(
         "non-IID clients, which differ in size and labels",

@@ -27,10 +27,11 @@ class Attack:
     `about` is one sentence for `--list`. `poison(labels [n], fraction, rng) -> labels [n]` changes that fraction of the
     client's labels (None: they stay true). `submit(W [m, P], w [P], rng) -> [m, P]` returns what the m malicious
     clients submit instead of their trained weights W, when they received the global weights w (None: they submit W).
-    With `sees_honest`, `submit` has a fourth argument: the honest clients' models [h, P]. If the attack has a
-    `strength`, `submit` gets it as an argument of this name, or another one from --strength. With `bursts`, it gets
-    `burst`: whether this is one of the first --burst rounds of the attack. With `claims`, malicious clients say that
-    they have `strength` times as many training images as they have, in every round.
+    With `sees_honest`, `submit` has a fourth argument: the honest clients' models [h, P]. If none of these is left and
+    finite, the malicious clients submit W. If the attack has a `strength`, `submit` gets it as an argument of this
+    name, or another one from --strength. With `bursts`, it gets `burst`: whether this is one of the first --burst
+    rounds of the attack. With `claims`, malicious clients say that they have `strength` times as many training images
+    as they have, in every round.
     """
 
     about: str
@@ -64,8 +65,10 @@ class Attack:
 
         if self.submit is None:
             return W
-        w = w.clone()  # the function may work in place
         seen = [honest[honest.isfinite().all(1)]] if self.sees_honest else []
+        if seen and not len(seen[0]):  # nobody is left to hide among
+            return W
+        w = w.clone()  # the function may work in place
         options: dict = {} if self.strength is None else {"strength": self.strength_or_own(strength)}
         options |= {"burst": burst} if self.bursts else {}
         submitted = self.submit(W, w, rng, *seen, **options)
@@ -136,8 +139,6 @@ def min_max(W: Tensor, w: Tensor, rng: np.random.Generator, honest: Tensor) -> T
 
     gamma is the largest for which no honest model lies farther from the submission than any two of them lie apart.
     """
-    if not len(honest):
-        return W
     honest = honest.double()  # squares of large weights are too large for a float32
     mean, step = honest.mean(0), honest.std(0, correction=0)
     away, farthest = honest - mean, distances(honest).max() ** 2
@@ -153,8 +154,6 @@ def min_sum(W: Tensor, w: Tensor, rng: np.random.Generator, honest: Tensor) -> T
     The sum of the squared distances of the submission from the honest models is at most the largest such sum of an
     honest model.
     """
-    if not len(honest):
-        return W
     honest = honest.double()
     mean, step = honest.mean(0), honest.std(0, correction=0)
     most = distances(honest).square().sum(1).max()
@@ -169,8 +168,6 @@ def hug(W: Tensor, w: Tensor, rng: np.random.Generator, honest: Tensor, strength
     It stops at `strength` times the honest clients' median distance from their centre. MAD calls a group outlying only
     beyond 1.25 spreads.
     """
-    if not len(honest):  # all honest clients are excluded: nobody is left to hide among
-        return W
     centre = honest.mean(0)
     reach = strength * (honest - centre).norm(dim=1).median()
     away = W - centre
@@ -183,8 +180,6 @@ def sidestep(W: Tensor, w: Tensor, rng: np.random.Generator, honest: Tensor, str
     Its mean cosine with the honest changes is 0, or above. A change longer than `strength` times the honest median
     length is cut to this length.
     """
-    if not len(honest):
-        return W
     U, changes = W - w, honest - w
     lengths = changes.norm(dim=1, keepdim=True)
     mean = (changes / lengths.clamp(min=SMALL)).mean(0)
@@ -196,7 +191,7 @@ def sidestep(W: Tensor, w: Tensor, rng: np.random.Generator, honest: Tensor, str
 
 def copy_nearly(W: Tensor, w: Tensor, rng: np.random.Generator, honest: Tensor, strength: float) -> Tensor:
     """Ours: all submit the first honest model plus a little noise, so that they and this client are a tight group."""
-    return add_noise(honest[:1].expand_as(W), w, rng, strength) if len(honest) else W
+    return add_noise(honest[:1].expand_as(W), w, rng, strength)
 
 
 def chain(W: Tensor, w: Tensor, rng: np.random.Generator, strength: float) -> Tensor:

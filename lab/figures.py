@@ -125,10 +125,13 @@ FIGURES: dict[str, Callable[[Sequence[Run]], Figure | None]] = {
 
 
 def plot_grid(ax: Axes, table: Any, values: str, texts: Any) -> None:
-    """A heat map of an experiment's `table` from `read_grid`: means of the column `values` (0 to 1), cell `texts`."""
+    """A heat map of an experiment's `table` from `read_grid`: means of the column `values` (0 to 1), cell `texts`.
+
+    The colours of `right` go from 0 to 1, those of other columns from their least mean to 1.
+    """
     rows, columns = (list(dict.fromkeys(table[axis])) for axis in ("row", "column"))
     means = table.groupby(["row", "column"])[values].mean().unstack().reindex(index=rows, columns=columns)
-    image = ax.imshow(means, cmap="cividis", aspect="auto", vmax=1)
+    image = ax.imshow(means, cmap="cividis", aspect="auto", vmin=0 if values == "right" else None, vmax=1)
     ax.figure.colorbar(image, ax=ax, pad=0.02)
     middle = sum(image.get_clim()) / 2
     for (row, column), text in texts.items():

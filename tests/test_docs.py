@@ -248,7 +248,7 @@ def test_whom_positions_exclude_and_miss_where_clients_differ_in_size():
 
 
 def test_the_preset_directions_is_better_on_new_seeds_where_clients_differ():
-    """The counts of docs/replication.md for seeds 15 to 19: honest clients out without attack and with, attackers out."""
+    """The counts of docs/replication.md for seeds 15 to 19: honest clients without attack, with one, and attackers."""
     table = pd.read_csv(HERE / "docs" / "results" / "fresh" / "table.csv")
     assert set(table["seed"]) == set(range(15, 20)) and table["complete"].all()
     sums = table.groupby(["partition", "measured", "malicious"])[["false_exclusions", "true_exclusions"]].sum()

@@ -137,9 +137,10 @@ def test_a_grid_by_hand(tmp_path):
     assert table.groupby("row")["right"].mean().to_dict() == {"never": 0.8, "MAD": pytest.approx(0.95)}
     assert figures.cell_texts(table, "honest_accuracy")["MAD", "flip"] == "0.550\n± 0.071"
     assert figures.cell_texts(table, "right")["MAD", "noise"] == "4 of 4 out (51-100 %)\nhonest 1 of 16 out (1-28 %)"
-    ax = new_ax()
+    ax, table["right"] = new_ax(), table["right"].replace(0.8, 0.4)
     figures.plot_grid(ax, table, "right", figures.cell_texts(table, "right"))
-    assert ax.images[0].get_array().tolist() == [[0.8, 0.8], [pytest.approx(0.95)] * 2]
+    assert ax.images[0].get_array().tolist() == [[0.4, 0.4], [pytest.approx(0.95)] * 2]
+    assert ax.images[0].get_clim() == (0, 1)  # two honest clients of a hundred are not drawn as the worst of all
     assert [label.get_text() for label in ax.get_yticklabels()] == ["never", "MAD"]  # in the experiment's order
     assert [label.get_text() for label in ax.get_xticklabels()] == ["flip", "noise"]
     assert [(text.get_position(), text.get_color()) for text in ax.texts][::3] == [((0, 1), "black"), ((1, 0), "white")]

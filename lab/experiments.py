@@ -187,6 +187,7 @@ EXPERIMENTS = {
             "sign_flip, 4 times": FLIP | {"attack": "sign_flip", "strength": 4.0},
             "liar, 100 times": FLIP | {"attack": "liar", "strength": 100.0},
             "sidestep": FLIP | {"attack": "sidestep"},
+            "sidestep, 2 times": FLIP | {"attack": "sidestep", "strength": 2.0},
             **{
                 f"{name}, 40 % malicious": FLIP | {"attack": name, "malicious": 0.4}
                 for name in ("alie", "hug", "min_max", "min_sum", "sidestep")

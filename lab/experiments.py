@@ -118,6 +118,7 @@ AT_MAD = ("near_copies", "chain")  # attacks that make sense against MAD alone, 
 APART = ("nan", "stumble", "sidestep", *AT_MAD)  # NaN is excluded without any defence; `stumble` is an accident
 ATTACKED = {name: FLIP | {"attack": name} for name in ATTACKS if name not in APART}
 MIN_MAX = {"scale_floor": 0.0}
+AROUND_500 = ((100, 499), (490, 499), (501, 1000))  # spans of rounds, where MAD starts early or in round 500
 ALWAYS_GROUPED = {"clusters": 2, "silhouette": -1.0, "outlying": 0.0}  # the smaller cluster is always outlying
 BYZFL = {  # further rules of `defences`, if the package byzfl is installed
     "centered clipping": "CenteredClipping",
@@ -138,7 +139,7 @@ EXPERIMENTS = {
         1000,
         mad_from(10, 500),
         {"": {}},
-        spans=((100, 499), (490, 499), (501, 1000)),
+        spans=AROUND_500,
     ),
     "authors": Experiment(
         "the preset that follows the authors' testbed, round by round",
@@ -255,7 +256,7 @@ EXPERIMENTS = {
         1000,
         {"no attack, MAD from {10}": {"malicious": 0.0, "mad_start": 10}} | mad_from(10, 500),
         {"": {"preset": "directions"}},
-        spans=((100, 499), (490, 499), (501, 1000)),
+        spans=AROUND_500,
     ),
     "noniid": Experiment(
         "non-IID clients, which differ in size and labels",

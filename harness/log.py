@@ -196,7 +196,9 @@ class Log:
         """The rows of plane.csv: the submissions W [C, P] as points of the `plane`. `before` are the last points."""
         scored, points = np.isfinite(scores.distance), np.full((len(W), 2), np.nan)
         before = before if t > 1 else points
-        points[scored] = plane(W[scored], self.last[1].spread, self.config.settings, before[scored])
+        of_positions = self.config.settings.measured == "positions"  # with directions, the spread is that of one step
+        spread = self.last[1].spread if of_positions else 0.0
+        points[scored] = plane(W[scored], spread, self.config.settings, before[scored])
         return [[t, client, rounded(x), rounded(y)] for client, (x, y) in enumerate(points)]
 
     def last_marks(self) -> np.ndarray:

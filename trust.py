@@ -164,7 +164,7 @@ class State:
     """What the server knows after a round. Arrays are [C], with NaN for clients that were not scored in that round."""
 
     round: int  # the last scored round; 0 before the first
-    spread: float  # largest usual distance (or length of one step) of any round so far; 0 before the first round
+    spread: float  # largest usual distance (or mean usual length of a step) of the rounds so far; 0 before the first
     distance: Array  # from the main cluster's centre, in units of the weights (see `scaled`); or 1 - agreement
     d: Array  # 1 central, 0 far
     reputation: Array  # R, in [0, 1]
@@ -402,7 +402,7 @@ def normalised_distance(W: Array, spread: float, settings: Settings) -> tuple[Ar
 
 
 def direction_distance(
-    U: Array, steps: Array, before: Array, spread: float, settings: Settings
+    U: Array, steps: Array, before: Array, spread: float, t: int, settings: Settings
 ) -> tuple[Array, Array, float]:
     """Distance [n] in [0, 2], d [n] in [0, 1] and the new spread, from the changes U [n, P] in so many `steps` [n].
 
@@ -413,17 +413,19 @@ def direction_distance(
     more. It is 0 if the client is as much against the others as the median client is with them, as with flipped labels.
     A change that is too long lowers d, too: to 0 if it is `settings.scale_floor` usual lengths too long. The usual
     length grows with the square root of the steps, as that of a random walk: who claims a hundred times as many images
-    may move ten times as far. For one step it is the spread: the largest median of any round so far. Late in training,
-    most clients of a round can have nothing left to learn, and those that have are not too long. Ours.
+    may move ten times as far. For one step it is the median, or the spread if this is larger: the mean of the medians
+    up to round t. Late in training, most clients of a round can have nothing left to learn, and those that have are not
+    too long. Ours.
     """
     U, unit = scaled(U)
     units, lengths = unit_rows(U)
     found = agreement(units, steps)
     found = np.where(np.isnan(before), found, MEMORY * (1 - before) + (1 - MEMORY) * found)
     against = np.clip(-found / max(float(np.median(found)), LITTLE), 0, 1)
-    paces = unscaled(lengths / np.sqrt(steps), unit)
-    spread = max(spread, float(np.median(paces)))
-    excess = np.clip(paces / (spread or np.inf) - 1, 0, settings.scale_floor)
+    paces = lengths / np.sqrt(steps)
+    median = float(unscaled(np.median(paces), unit))
+    spread += (median - spread) / t
+    excess = np.clip(unscaled(paces, unit) / (max(median, spread) or np.inf) - 1, 0, settings.scale_floor)
     return 1 - found, (1 - against) * (1 - excess / (settings.scale_floor or 1)), spread
 
 
@@ -508,7 +510,7 @@ def mad_step(
         raise ValueError("directions need the last global weights w and the clients' steps")
     else:
         U, before = scored - w.astype(np.float64), state.distance[finite]
-        distance[finite], d[finite], spread = direction_distance(U, steps[finite], before, state.spread, settings)
+        distance[finite], d[finite], spread = direction_distance(U, steps[finite], before, state.spread, t, settings)
     known = ~np.isnan(state.reputation)
     reputation[finite] = initial_reputation(d[finite])
     again = finite & known

@@ -34,18 +34,18 @@ def test_who_is_as_much_against_the_others_as_they_agree_has_d_0():
     -0.145 while the others have 0.9 * 0.5 + 0.1 / 3 = 0.4833.
     """
     U, ones = np.array([[1.0, 0], [2, 0], [2, 0], [-2, 0]]), np.ones(4, int)
-    distance, d, _ = direction_distance(U, ones, UNKNOWN, 0.0, DIRECTIONS)
+    distance, d, _ = direction_distance(U, ones, UNKNOWN, 0.0, 1, DIRECTIONS)
     assert distance == pytest.approx(np.array([2 / 3, 2 / 3, 2 / 3, 2])) and d.tolist() == [1, 1, 1, 0]
-    distance, d, _ = direction_distance(U, ones, np.full(4, 0.5), 0.0, DIRECTIONS)
+    distance, d, _ = direction_distance(U, ones, np.full(4, 0.5), 0.0, 1, DIRECTIONS)
     assert distance[3] == pytest.approx(0.65) and d.tolist() == [1, 1, 1, 1]
-    d = direction_distance(U, ones, np.array([0.5, 0.5, 0.5, 1.05]), 0.0, DIRECTIONS)[1]
+    d = direction_distance(U, ones, np.array([0.5, 0.5, 0.5, 1.05]), 0.0, 1, DIRECTIONS)[1]
     assert d == pytest.approx(np.array([1, 1, 1, 1 - 0.145 / (0.45 + 0.1 / 3)]))
 
 
 def test_a_little_disagreement_is_chance():
     """The cosines are 0, -0.1 and -0.1, so the agreements are -0.05, -0.05 and -0.1, and the median counts as 0.2."""
     U = np.array([[1.0, 0, 0], [0, 1, 0], [-0.1, -0.1, (1 - 2 * 0.1**2) ** 0.5]])
-    d = direction_distance(U, np.ones(3), UNKNOWN[:3], 0.0, DIRECTIONS)[1]
+    d = direction_distance(U, np.ones(3), UNKNOWN[:3], 0.0, 1, DIRECTIONS)[1]
     assert d == pytest.approx(np.array([0.75, 0.75, 0.5]))
 
 
@@ -53,34 +53,39 @@ def test_a_little_disagreement_is_chance():
 def test_a_change_that_is_too_long_lowers_d(length, expected):
     """The usual length is 1, and d is 0 for a change that is 2.5 usual lengths too long."""
     U = np.array([[1.0, 0], [1, 0], [1, 0], [length, 0]])
-    d = direction_distance(U, np.ones(4), UNKNOWN, 0.0, DIRECTIONS)[1]
+    d = direction_distance(U, np.ones(4), UNKNOWN, 0.0, 1, DIRECTIONS)[1]
     assert d == pytest.approx(np.array([1, 1, 1, expected]))
 
 
 def test_the_usual_length_grows_with_the_square_root_of_the_steps():
     """All go 1 per root of a step but the last two: one does not move, one goes 2.25. The median is 1."""
     steps, lengths = np.array([1, 4, 9, 0.25, 4]), np.array([1.0, 2, 3, 0, 4.5])
-    d = direction_distance(lengths[:, None] * np.array([1.0, 0]), steps, np.full(5, np.nan), 0.0, DIRECTIONS)[1]
+    d = direction_distance(lengths[:, None] * np.array([1.0, 0]), steps, np.full(5, np.nan), 0.0, 1, DIRECTIONS)[1]
     assert d == pytest.approx(np.array([1, 1, 1, 1, 0.5]))
 
 
-def test_the_usual_length_never_falls():
-    """Late in training three clients move 0.01 and one moves 1, as all did in the round before: it is not too long."""
+def test_the_usual_length_remembers_all_rounds():
+    """Late in training three clients move 0.01 and one moves 1, as all did in the rounds before: it is not too long.
+
+    With a mean of 0.4 it is: 1 is 1.5 usual lengths too long, and d is 1 - 1.5 / 2.5.
+    """
     U, ones = np.array([[0.01, 0], [0.01, 0], [0.01, 0], [1, 0]]), np.ones(4)
-    for spread, expected in ((0.0, 0), (1.0, 1), (0.4, 0.4)):  # 1 is 1.5 usual lengths of 0.4 too long
-        _, d, new = direction_distance(U, ones, UNKNOWN, spread, DIRECTIONS)
-        assert d == pytest.approx(np.array([1, 1, 1, expected])) and new == max(spread, 0.01)
-    states = [initial_state(4)]
-    for W in (np.tile([1.0, 0], (4, 1)), U):
-        states.append(mad_step(W, states[-1], len(states), 1, DIRECTIONS, np.zeros(2), ones))
-    assert [state.spread for state in states] == [0, 1, 1] and states[2].active.all()
+    for spread, t, mean, expected in ((0.0, 1, 0.01, 0), (1.0, 100, 0.9901, 1), (0.41, 40, 0.4, 0.4)):
+        _, d, new = direction_distance(U, ones, UNKNOWN, spread, t, DIRECTIONS)
+        assert new == pytest.approx(mean)
+        assert d == pytest.approx(np.array([1, 1, 1, expected]), abs=0.005)
+    state = initial_state(4)
+    for t, length in enumerate((1.0, 3.0, 2.0), 1):
+        state = mad_step(np.tile([length, 0], (4, 1)), state, t, 1, DIRECTIONS, np.zeros(2), ones)
+        assert state.d.tolist() == [1] * 4  # the median of the round counts, if it is larger than the mean
+    assert state.spread == pytest.approx(2)
 
 
 def test_a_claim_of_more_steps_lets_a_change_be_as_long_as_its_root():
     """Nine times the steps, so 3 is usual, 3 * 2.25 has d = 1/2, and 3 * 3.5 has d = 0."""
     for length, expected in ((3, 1), (6.75, 0.5), (10.5, 0), (90, 0)):
         U = np.array([[1.0, 0], [1, 0], [1, 0], [length, 0]])
-        d = direction_distance(U, np.array([22, 22, 22, 198]), UNKNOWN, 0.0, DIRECTIONS)[1]
+        d = direction_distance(U, np.array([22, 22, 22, 198]), UNKNOWN, 0.0, 1, DIRECTIONS)[1]
         assert d == pytest.approx(np.array([1, 1, 1, expected]))
 
 

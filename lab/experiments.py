@@ -225,6 +225,7 @@ EXPERIMENTS = {
         {
             "as printed": {"mad_start": 10},
             "trust without smoothing": {"mad_start": 10, "beta_trust": 1.0},
+            "reputation alone, below 0.15": {"mad_start": 10, "judged": "reputation"},
             "reputation alone, below 0.5": {"mad_start": 10, "judged": "reputation", "threshold": 0.5},
             "d alone, below 0.5": {"mad_start": 10, "judged": "d", "threshold": 0.5},
         },

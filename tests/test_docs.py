@@ -260,6 +260,16 @@ def test_the_preset_directions_is_better_on_new_seeds_where_clients_differ():
             assert all(text in page for text in (counted(alone, 50), counted(attacked, 40), counted(out, 10)))
 
 
+def test_parts_of_the_equations_that_change_no_run():
+    """docs/replication.md: without these parts each run is the same; with the reputation below 0.15 some are not."""
+    table = pd.read_csv(HERE / "docs" / "results" / "ablation" / "table.csv", keep_default_na=False)
+    results = table.set_index(["column", "seed"])[["row", "excluded_clients", "last_exclusion", *OUTCOME[1:]]]
+    found = {row: part.drop(columns="row") for row, part in results.groupby("row")}
+    printed, forgiving = found.pop("as printed"), found.pop("reputation alone, below 0.15")
+    assert len(found) == 3 and len(printed) == 40 and all(part.equals(printed) for part in found.values())
+    assert not forgiving.equals(printed)
+
+
 def test_the_worked_example_of_the_lesson():
     """The tables of docs/lesson.md hold the numbers of trust.py for the models 0, 1, 2 and 10, submitted twice."""
     import trust

@@ -70,10 +70,9 @@ def test_the_usual_length_remembers_all_rounds():
     With a mean of 0.4 it is: 1 is 1.5 usual lengths too long, and d is 1 - 1.5 / 2.5.
     """
     U, ones = np.array([[0.01, 0], [0.01, 0], [0.01, 0], [1, 0]]), np.ones(4)
-    for spread, t, mean, expected in ((0.0, 1, 0.01, 0), (1.0, 100, 0.9901, 1), (0.41, 40, 0.4, 0.4)):
+    for spread, t, mean, expected in ((0.0, 1, 0.01, 0), (1.01, 100, 1, 1), (0.41, 40, 0.4, 0.4)):
         _, d, new = direction_distance(U, ones, UNKNOWN, spread, t, DIRECTIONS)
-        assert new == pytest.approx(mean)
-        assert d == pytest.approx(np.array([1, 1, 1, expected]), abs=0.005)
+        assert new == pytest.approx(mean) and d == pytest.approx(np.array([1, 1, 1, expected]))
     state = initial_state(4)
     for t, length in enumerate((1.0, 3.0, 2.0), 1):
         state = mad_step(np.tile([length, 0], (4, 1)), state, t, 1, DIRECTIONS, np.zeros(2), ones)

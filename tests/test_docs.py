@@ -209,6 +209,8 @@ MAIN = [
     ("attacks", "one_way_flip", "never", "test_accuracy", "0.865 ± 0.012"),
     ("defences", "lfighter", "one_way_flip", "honest_accuracy", "0.953 ± 0.017"),
     ("defences", "krum", "hug", "honest_accuracy", "0.826 ± 0.026"),
+    ("defences", "geometric_median", "liar", "honest_accuracy", "0.064 ± 0.010"),
+    ("defences", "mean, MAD from 5", "min_max", "honest_accuracy", "0.951 ± 0.019"),
     ("readings", "preset testbed", "0%, MAD from 5", "false_exclusions", "10.0 ± 0.0"),
     ("readings", "preset paper", "0%, MAD from 5", "false_exclusions", "0.0 ± 0.0"),
     ("noniid", "quantity, concentration 1", "no attack, MAD from 10", "false_exclusions", "2.6 ± 0.5"),

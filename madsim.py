@@ -149,6 +149,12 @@ class Config:
     membership: int | None = setting(
         None, "measure membership inference every N rounds (default: never)", "ours", low=1
     )
+    leakage: int | None = setting(None, "measure gradient inversion every N rounds (default: never)", "ours", low=1)
+    inverted: str = setting(
+        "gradient:1,gradient:2,gradient:4,gradient:8,gradient:20,1x1,1x4,1x20,2x20,5x20,update",
+        "what it starts from: gradients of N images (gradient:N), K local steps of N images (KxN), the whole update",
+        "ours",
+    )
     method: str = setting("stacked", "train all clients at once, or in a loop", "ours", choices=("stacked", "loop"))
     dataset: str = setting("auto", "auto: PneumoniaMNIST if available, else the phantom", "ours", choices=data.DATASETS)
     data_root: str | None = setting(None, f"folder of {data.FILE} (default: MADSIM_DATA or medmnist's)", "ours")
@@ -173,7 +179,7 @@ class Config:
             few = f"malicious {self.malicious:g} of {self.clients} clients rounds to 0 clients"
             warnings.warn(f"{few}: nobody attacks", stacklevel=3)
         check_clients(RULES[self.rule], self.clients, count)
-        for name in ("mad_start", "attack_start", "membership"):
+        for name in ("mad_start", "attack_start", "membership", "leakage"):
             value = getattr(self, name)
             if value and value > self.rounds:
                 raise ValueError(f"{name} {value} lies beyond the {self.rounds} rounds; use 1 to {self.rounds}")
@@ -188,6 +194,8 @@ class Config:
                 raise ValueError(f"{name} {value:g} changes nothing with attack {self.attack}; leave it out")
         if self.partition == "iid" and self.concentration != Config.concentration:
             raise ValueError(f"concentration {self.concentration} changes nothing with partition iid; leave it out")
+        if self.inverted != Config.inverted and not self.leakage:
+            raise ValueError(f"inverted {self.inverted} changes nothing without leakage; leave it out")
 
     def __reduce__(self):
         return plugins.depart(self)  # in another process, an attack of one's own would be unknown
@@ -217,7 +225,7 @@ class Config:
         known = [PRESETS, *(f.metadata.get("choices", ()) for f in (*fields(self), *fields(self.settings)))]
         for name, value in changed.items():
             number = f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
-            number = re.sub("[:>]", "-", number)  # of byzfl's rules
+            number = re.sub("[:>,]", "-", number)  # of byzfl's rules, and of `inverted`
             alone = number == value and not value[-1:].isdigit() and sum(value in words for words in known) == 1
             parts.append(number if alone else name.replace("_", "") + number)
         return "-".join([*parts, f"s{self.seed}"])
@@ -262,9 +270,10 @@ def _differences(one: Any, other: Any) -> dict[str, Any]:
 class Result:
     """The results of a run.
 
-    `rounds`, `clients` and `membership` (None if it was not measured) are pandas frames with the columns of the CSV
-    files. `summary` is the content of summary.json. `weights` [P] is the last global model. `data` has the `name` and
-    `md5` of the data set, and a `note` that says why the phantom replaced it; the frames carry it in `attrs["data"]`.
+    `rounds`, `clients`, `membership` and `leakage` (None if it was not measured) are pandas frames with the columns of
+    the CSV files. `summary` is the content of summary.json. `weights` [P] is the last global model. `data` has the
+    `name` and `md5` of the data set, and a `note` that says why the phantom replaced it; the frames carry it in
+    `attrs["data"]`.
     """
 
     config: Config
@@ -274,6 +283,7 @@ class Result:
     weights: np.ndarray
     data: dict[str, str]
     membership: Any = None
+    leakage: Any = None
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from harness.console import (
     point_to,
     report,
     report_cells,
+    report_leakage,
     report_runs,
     say,
     way_on,
@@ -42,7 +43,7 @@ from harness.folder import (
     refuse_version,
 )
 from harness.jobs import refuse_unsendable, simulate_all, workers
-from lab.experiments import EXPERIMENTS, PAPER, tabulate, tidy
+from lab.experiments import EXPERIMENTS, PAPER, over_leakage, tabulate, tidy
 from madsim import Config, Result, gather, simulate
 from trust import PRESETS, Settings
 
@@ -277,7 +278,13 @@ def make_ready(
     if runs or not resume:
         first = next(iter(planned.values()))
         dataset = data.load(first.dataset, first.data_root)
-        gather(first, dataset)
+        clients = gather(first, dataset)
+        if first.leakage:
+            from lab.privacy import GradientInversion
+
+            GradientInversion(
+                clients, first.inverted
+            )  # raises ValueError for a wrong `inverted`
     for folder in finished:
         if dataset and not resume:
             now = {"data's MD5": dataset.md5, "plugins": plugins.described()}
@@ -388,4 +395,6 @@ def tabulate_all(given: dict[str, Any], md5: str) -> None:
         table = tabulate(folder, runs, f"python madsim.py {' '.join(words)}")
         if not table.empty:
             report_cells(EXPERIMENTS[folder.name].about, table)
+            if not (leakage := over_leakage(runs)).empty:
+                report_leakage(leakage)
             point_to(folder, "table.md", "table.csv")

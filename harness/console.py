@@ -194,6 +194,24 @@ def report(result: Any, folder: Path) -> None:
     ):  # fmt: skip
         print(f"{label:<13}" + "".join(f"{values[column]:>12.3f}" for values in times.values()))
     print(f"Time         {s['seconds']:.1f} s, {s['seconds_per_round']:.3f} s per round (median)")
+    if result.leakage is not None:
+        report_leakage(result.leakage)
+
+
+def report_leakage(table: Any) -> None:
+    """Print what gradient inversion found: means over the runs of a frame with the columns of leakage.csv."""
+    from harness.runs import seen_in_words
+    from lab.experiments import LEAKED, means
+
+    names = ("rank", "identified", "psnr", "ssim")
+    texts = means(table.groupby(["round", "steps", "images"], sort=False), {name: LEAKED[name] for name in names})
+    rows: list[tuple[str, list[str]]] = []
+    for (t, steps, images), cells in zip(texts.index, texts.values.tolist()):
+        rows += [(f"round {t}", [])] * ((f"round {t}", []) not in rows)
+        rows.append((f"  {seen_in_words(steps, images)}", cells))
+    print()
+    say("Gradient inversion. A reconstructed image that tells nothing has a rank of 0.5 on average, a perfect one 0")
+    show(list(texts.columns), rows)
 
 
 def why_nobody(config: Any, rounds: int, attackers: int) -> str:

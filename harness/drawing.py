@@ -19,12 +19,14 @@ HONEST = "#8C8C8C"
 DPI = 150  # dots per inch of PNG files
 
 
-def new_figure(rows: int = 1, columns: int = 1, height: float = 4.2, width: float = 8, sharex: bool = True) -> Any:
+def new_figure(
+    rows: int = 1, columns: int = 1, height: float = 4.2, width: float = 8, sharex: bool = True, squeeze: bool = True
+) -> Any:
     """A figure of `width` x `height` inches, and its Axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, sharex=sharex)
+    return figure, figure.subplots(rows, columns, sharex=sharex, squeeze=squeeze)
 
 
 def prepare(ax: Axes, heading: str, unit: str) -> None:

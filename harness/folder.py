@@ -23,7 +23,7 @@ DIGITS = 6  # significant digits of all written numbers: more than an average of
 
 def hollow(folder: Path) -> bool:
     """Whether a run was killed while its folder was created, before its first checkpoint."""
-    made = {"config.json", "samples.npz", "rounds.csv", "clients.csv", "membership.csv", "plane.csv"}
+    made = {"config.json", "samples.npz", "rounds.csv", "clients.csv", "membership.csv", "plane.csv", "leakage.csv"}
     made |= {f"{name}.part" for name in (*made, CHECKPOINT)}
     return folder.is_dir() and {path.name for path in folder.iterdir()} <= made
 

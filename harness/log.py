@@ -46,11 +46,14 @@ CLIENT_COLUMNS = ["round", "client", "malicious", "active", "distance", "d", "re
 CLIENT_COLUMNS += ["train_loss", "loss", "accuracy"]
 MEMBERSHIP_COLUMNS = ["round", "test_advantage", "test_error", "test_chance"]
 MEMBERSHIP_COLUMNS += ["validation_advantage", "validation_error", "validation_chance"]
+LEAKAGE_COLUMNS = ["round", "steps", "images", "label", "rank", "identified", "psnr", "ssim"]
+LEAKAGE_COLUMNS += ["mean_psnr", "mean_ssim", "nearest_psnr", "nearest_ssim"]
 PLANE_COLUMNS = ["round", "client", "x", "y"]
-INTEGERS = {"round", "client", "malicious", "active"}
+INTEGERS = {"round", "client", "malicious", "active", "steps", "images"}
 SHOWN_CLIENTS = 50  # ours: plane.csv is written for this many clients at most; with 100 it would take 6 % of a round
 CHECKPOINT_SECONDS = 1.0  # ours: a kill loses this much and one round; a checkpoint takes about 2 ms
 ROUND_SECONDS = 0.012  # measured on two cores, per client and local epoch
+INVERSION_SECONDS = 3.0  # measured on two cores, per kind of `inverted`
 BAR = 26  # characters of a progress bar, besides the numbers of rounds and the news
 
 
@@ -67,15 +70,22 @@ class Log:
         self.out = None if out is None else Path(out)
         self.rounds = Table("rounds.csv", ROUND_COLUMNS, self.out, config.rounds)
         self.clients = Table("clients.csv", CLIENT_COLUMNS, self.out, config.rounds, rows=config.clients)
-        self.membership = self.plane = None
+        self.membership = self.leakage = self.plane = None
         if every := config.membership:
             from lab.privacy import MembershipInference
 
             self.inference = MembershipInference(members)
             self.membership = Table("membership.csv", MEMBERSHIP_COLUMNS, self.out, config.rounds, every=every)
+        if every := config.leakage:
+            from lab.privacy import GradientInversion
+
+            self.inversion = GradientInversion(members, config.inverted)
+            kinds = len(self.inversion.kinds)
+            self.leakage = Table("leakage.csv", LEAKAGE_COLUMNS, self.out, config.rounds, kinds, every)
         if config.clients <= SHOWN_CLIENTS:
             self.plane = Table("plane.csv", PLANE_COLUMNS, self.out, config.rounds, rows=config.clients)
-        self.tables = [table for table in (self.rounds, self.clients, self.membership, self.plane) if table]
+        tables = self.rounds, self.clients, self.membership, self.leakage, self.plane
+        self.tables = [table for table in tables if table]
         self.seconds: list[float] = []
         self.kept: list[int] = []
         self.begun, self.summary = False, {"complete": False}
@@ -155,8 +165,14 @@ class Log:
             write_json(self.out / "config.json", about | {"rounds": self.config.rounds, "resumed": resumed})
         return found["w"], State(**state)
 
+    def __call__(self, t: int, *results: Any) -> None:
+        """Measure what the run measures in round t, which can take a minute, and `record` the round."""
+        if self.leakage and t % self.leakage.every == 0:
+            self.reconstructed = self.inversion(self.last[0], t)  # from the model that the clients received
+        self.record(t, *results)
+
     @uninterrupted()
-    def __call__(self, t: int, W: np.ndarray, train_loss: np.ndarray, metrics: tuple, w: np.ndarray, scores: State):
+    def record(self, t: int, W: np.ndarray, train_loss: np.ndarray, metrics: tuple, w: np.ndarray, scores: State):
         """Record round t: its row of rounds.csv, its rows of clients.csv, and from time to time a checkpoint.
 
         An interruption comes before or after that. So a folder has all rows of a round, or none.
@@ -175,6 +191,10 @@ class Log:
         if self.membership and t % self.membership.every == 0:
             received = self.last[0]  # the model that the clients received in this round
             self.membership.append([[t, *map(rounded, self.inference(received, t).values())]])
+        if self.leakage and t % self.leakage.every == 0:
+            rows = [list(row.values()) for row, *_ in self.reconstructed]
+            self.leakage.append([[t, *row[:2], *map(rounded, row[2:])] for row in rows])
+            self._keep_images()
         if self.plane:
             self.plane.append(self._points(t, W, scores, self.plane.values[: self.plane.filled][-len(W) :, 2:]))
         self.kept += [t] * scores.kept
@@ -191,6 +211,16 @@ class Log:
             news.pop()  # tqdm would cut off digits
         self.bar.set_postfix_str(", ".join(news), refresh=False)
         self.bar.update()
+
+    def _keep_images(self) -> None:
+        """Write the true and the reconstructed images of the last measurement to leakage.npz."""
+        if self.out:
+            content, arrays = io.BytesIO(), {}
+            for row, *pictures in self.reconstructed:
+                for name, images in zip(("true", "found"), pictures):
+                    arrays[f"{name}_{row['steps']}_{row['images']}"] = ((images + 1) * 127.5).round().astype(np.uint8)
+            np.savez(content, **arrays)  # type: ignore[arg-type]  # mypy takes an array for an option
+            replace_file(self.out / "leakage.npz", content.getvalue())
 
     def _points(self, t: int, W: np.ndarray, scores: State, before: np.ndarray) -> list[list]:
         """The rows of plane.csv: the submissions W [C, P] as points of the `plane`. `before` are the last points."""
@@ -238,8 +268,8 @@ class Log:
         return self.begun and kind is KeyboardInterrupt
 
     def frames(self) -> list:
-        """The rows so far as pandas frames: rounds, clients, and membership (None if it is not measured)."""
-        tables = (self.rounds, self.clients, self.membership)
+        """The rows so far as pandas frames: rounds, clients, membership and leakage (None if not measured)."""
+        tables = (self.rounds, self.clients, self.membership, self.leakage)
         return [table and table.frame(self.last[1].round) for table in tables]
 
     def _summarise(self, complete: bool) -> None:
@@ -248,7 +278,7 @@ class Log:
         if not t:
             return
         self.summary = plain(
-            summarise(*self.frames(), mad_start=self.config.mad_start)
+            summarise(*self.frames()[:3], mad_start=self.config.mad_start)
             | {
                 "kept_rounds": [r for r in self.kept if r <= t],
                 "seconds": round(sum(self.seconds[:t]), 3),
@@ -264,12 +294,11 @@ class Log:
 
     def result(self) -> dict[str, Any]:
         """The fields of `madsim.Result` besides the Config."""
-        rounds, clients, membership = self.frames()
-        for frame in (rounds, clients, membership):
+        frames = dict(zip(("rounds", "clients", "membership", "leakage"), self.frames()))
+        for frame in frames.values():
             if frame is not None:
                 frame.attrs["data"] = self.data
-        about = {"summary": self.summary, "weights": self.last[0], "data": self.data}
-        return about | {"rounds": rounds, "clients": clients, "membership": membership}
+        return {"summary": self.summary, "weights": self.last[0], "data": self.data} | frames
 
 
 class Table:
@@ -368,7 +397,8 @@ def plane(W: Array, spread: float, settings: Settings, before: Array) -> Array:
 
 def usual_seconds(config: Any) -> float:
     """The usual length of a round in seconds, on two cores that do nothing else."""
-    return config.clients * config.epochs * ROUND_SECONDS
+    inversion = INVERSION_SECONDS * len(config.inverted.split(",")) / config.leakage if config.leakage else 0
+    return config.clients * config.epochs * ROUND_SECONDS + inversion
 
 
 def origin(members: Any) -> dict[str, Any]:

@@ -124,7 +124,7 @@ def runs_table(runs: Sequence[Run], folder: Path) -> str:
         rows.append(
             {
                 "run": str(run.folder.relative_to(folder)), "data": run.data, "strategy": strategy(run),
-                "rounds": run.length.removesuffix(" rounds"), "seed": run.config.get("seed"),
+                "rounds": run.length.split(" round")[0], "seed": run.config.get("seed"),
                 "attack": attack if run.attacked else "none", "excluded": exclusions(run),
                 "averaged rounds": f"last {len(last)}",
             } | {f"mean {name.replace('_', ' ')}": value for name, value in last.mean().items()}

@@ -24,6 +24,7 @@ from harness.folder import read_json
 CURVES = ("loss", "accuracy", "honest_accuracy")
 SCORES = ("reputation", "trust")
 JUMP_PARTS = {"composition": "fewer clients averaged", "model": "the model itself"}  # with their names in the figure
+LEAKED = {"rank": "rank of the images (chance: 0.5)", "psnr": "PSNR (dB)"}  # of reconstructed images
 OTHERS = {"test": "test images", "validation": "validation images of the same clients"}  # not training images
 METRICS = {  # of an experiment, with the titles of their heat maps
     "honest_accuracy": "Accuracy of the honest clients", "test_accuracy": "Accuracy on the test set",
@@ -55,6 +56,7 @@ class Run:
     samples: tuple[NDArray, NDArray] | None  # images uint8 [4, 28, 28] and their labels [4]
     jump: dict | None  # at the first exclusion: its round, and loss and accuracy, each with its JUMP_PARTS
     membership: Any  # "round", and advantage, error and chance for each of OTHERS; empty if not measured
+    leakage: Any  # all columns of leakage.csv; empty if not measured
 
     @property
     def name(self) -> str:
@@ -78,7 +80,8 @@ class Run:
     @property
     def length(self) -> str:
         """'100 rounds', or '37 of 100 rounds' of an unfinished run."""
-        return f"{self.recorded} of {self.config['rounds']} rounds" if self.unfinished else f"{self.recorded} rounds"
+        rounds = f"{self.recorded} of {self.config['rounds']}" if self.unfinished else str(self.recorded)
+        return f"{rounds} round{'s' * (rounds != '1')}"
 
     @property
     def data(self) -> str:
@@ -152,8 +155,10 @@ def load_run(folder: str | Path) -> Run:
     clients = read_table(folder / "clients.csv", keys, values, rest=True)
     measured = [f"{name}_{kind}" for name in OTHERS for kind in ("advantage", "error", "chance")]
     membership = read_table(folder / "membership.csv", ["round"], measured).dropna()
+    leaked = [*LEAKED, "mean_psnr", "nearest_psnr"]
+    leakage = read_table(folder / "leakage.csv", ["round", "steps", "images"], leaked)
     samples, jump = read_samples(folder / "samples.npz"), read_jump(folder / "summary.json")
-    return Run(folder, config, rounds, clients, samples, jump, membership)
+    return Run(folder, config, rounds, clients, samples, jump, membership, leakage)
 
 
 def read_config(path: Path) -> dict:
@@ -250,6 +255,26 @@ def read_samples(path: Path) -> tuple[NDArray, NDArray] | None:
         return None
     whole = images.shape == (4, 28, 28) and labels.shape == (4,) and np.isin(labels, range(len(LABELS))).all()
     return (images, labels.astype(int)) if whole and images.dtype == np.uint8 else None
+
+
+def read_pictures(path: Path) -> dict[str, tuple[NDArray, NDArray]]:
+    """The true and the reconstructed images uint8 [n, 28, 28] of leakage.npz, by what the attacker saw.
+
+    Empty if the file is missing or damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            kinds = [name.removeprefix("true_") for name in arrays if name.startswith("true_")]
+            pairs = {kind: (arrays[f"true_{kind}"], arrays[f"found_{kind}"]) for kind in kinds}
+        return {seen_in_words(*map(int, kind.split("_"))): pair for kind, pair in pairs.items()}
+    except Exception:  # as above
+        return {}
+
+
+def seen_in_words(steps: int, images: int) -> str:
+    """What the attacker of a gradient inversion sees; see lab.privacy.kinds_seen."""
+    each = f"{images} image" + "s" * (images > 1)
+    return f"{steps} step" + "s" * (steps > 1) + f" of {each}" if steps else f"gradient of {each}"
 
 
 def read_jump(path: Path) -> dict | None:

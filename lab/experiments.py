@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.folder import identity, read_json, replace_file, rounded
-from harness.runs import counted, data_in_words, seeds_in_words, span, steady
+from harness.runs import counted, data_in_words, seeds_in_words, seen_in_words, span, steady
 from lab.attacks import ATTACKS
 from lab.rules import RULES
 
@@ -50,6 +50,11 @@ SPANNED = {  # columns of `over_spans`: heading and decimals
     "active": ("active clients", 1), "loss": ("loss", 3), "honest_accuracy": ("honest accuracy", 3),
     "fluctuation": ("fluctuation", 4),
     "honest_trust": ("lowest honest trust", 3), "attacker_trust": ("highest attacker trust", 3),
+}  # fmt: skip
+LEAKED = {  # columns of `over_leakage`: heading and decimals
+    "rank": ("rank", 3), "identified": ("identified", 2), "psnr": ("PSNR (dB)", 1), "ssim": ("SSIM", 2),
+    "mean_psnr": ("PSNR, mean image", 1), "mean_ssim": ("SSIM, mean image", 2),
+    "nearest_psnr": ("PSNR, nearest image", 1), "nearest_ssim": ("SSIM, nearest image", 2),
 }  # fmt: skip
 OUTCOME = ["seed", "loss", "honest_loss", "test_loss"]  # two runs of one seed that agree in these are the same run
 COMPARED = ("honest_accuracy", "test_accuracy", "held_test_advantage", "held_validation_advantage")  # by `differences`
@@ -274,6 +279,12 @@ EXPERIMENTS = {
             for start, options in (mad_from(None, 10) | DIRECTIONS).items()
         },
     ),
+    "leakage": Experiment(
+        "which images an update reveals, by gradient inversion",
+        100,
+        {f"round {t}": {"rounds": t, "leakage": t} for t in (1, 10, 100)},
+        {"": {}},
+    ),
     "membership": Experiment(
         "what the attackers' last model reveals of training images",
         600,
@@ -355,6 +366,20 @@ def over_spans(cells: list[tuple[Path, str, str]], spans: Iterable[tuple[int, in
             named = {"rounds": f"{first} to {last}" if first < last else f"{first}"}
             rows.append(cell | named | {name: value and rounded(value) for name, value in found.items()})
     return DataFrame(rows)
+
+
+def over_leakage(cells: list[tuple[Path, str, str]]) -> Any:
+    """A pandas frame with the rows of leakage.csv of every run that has one. `seen` says what the attacker saw."""
+    from pandas import DataFrame, concat, read_csv
+
+    found = [DataFrame()]
+    for folder, row, column in cells:
+        if (folder / "leakage.csv").is_file():
+            table = read_csv(folder / "leakage.csv")
+            seen = [seen_in_words(*numbers) for numbers in zip(table["steps"], table["images"])]
+            cell = {"row": row, "column": column, "seed": read_json(folder / "config.json")["seed"], "seen": seen}
+            found.append(DataFrame(cell).join(table))
+    return concat(found)
 
 
 def over_seeds(table: Any) -> Any:
@@ -445,6 +470,10 @@ def tabulate(folder: Path, cells: list[tuple[Path, str, str]], command: str = ""
             replace_file(folder / "spans.csv", spans.to_csv(index=False).encode())
             groups = spans.groupby(["row", "column", "rounds"], sort=False)
             parts.append(markdown(means(groups, SPANNED), "Single rounds, or means over spans of rounds."))
+        if not (leakage := over_leakage(cells)).empty:
+            replace_file(folder / "leakage.csv", leakage.to_csv(index=False).encode())
+            groups = leakage.groupby(["row", "column", "seen"], sort=False)
+            parts.append(markdown(means(groups, LEAKED), "Gradient inversion, over the seeds."))
         if experiment.reference:
             reference = experiment.named(experiment.reference, rounds)
             about = f"Differences from {reference}, paired over seeds: mean and 95 % interval (Student's t)."

@@ -15,11 +15,27 @@ import numpy as np
 
 from harness.console import say
 from harness.drawing import COLOURS, HONEST, LINES, band, bundles, line, new_figure, prepare
-from harness.runs import JUMP_PARTS, METRICS, OTHERS, Run, counted, read_grid, seeds_in_words, span, title, titled
+from harness.runs import (
+    JUMP_PARTS,
+    LEAKED,
+    METRICS,
+    OTHERS,
+    Run,
+    counted,
+    read_grid,
+    read_pictures,
+    seeds_in_words,
+    span,
+    title,
+    titled,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+SHOWN = 10  # ours: reconstructed images that fit beside each other
+GUESSES = {"nearest": "guess: nearest image of others", "mean": "guess: mean image of others"}
 
 
 def plot_jump(ax: Axes, runs: Sequence[Run], name: str) -> None:
@@ -117,10 +133,79 @@ def membership_figure(runs: Sequence[Run]) -> Figure | None:
     return figure
 
 
+def plot_leakage(ax: Axes, table: Any, column: str, along: str) -> None:
+    """A `column` of leakage.csv of several runs, by `along`: "images" per step, or "steps" of 20 images.
+
+    One line per round, the mean over the runs, for a gradient (0 steps) and for a first step of Adam. Grey lines are
+    those of guesses that need no update: for the rank, 0.5 on average.
+    """
+    prepare(ax, "", LEAKED[column])
+    ax.set_xlabel({"images": "images per step", "steps": "local steps of 20 images each"}[along])
+    places = {value: place for place, value in enumerate(sorted(table[along].unique()))}
+    ax.set_xticks(range(len(places)), [value or "gradient" for value in places])
+    adam = (along == "images") & (table["steps"] > 0)
+    for style, kind, of_kind in zip(LINES, ("", ", after a step of Adam"), (table[~adam], table[adam])):
+        for colour, (t, rows) in zip(COLOURS, of_kind.groupby("round")):
+            values = rows.groupby(along)[column].mean()
+            where, label = values.index.map(places), f"round {t}{kind}"
+            line(ax, where, values, label=label, color=colour, linestyle=style, marker=".")
+    for style, (name, label) in zip(LINES, GUESSES.items()):
+        if f"{name}_{column}" in table:
+            values = table.groupby(along)[f"{name}_{column}"].mean()
+            line(ax, values.index.map(places), values, label=label, color=HONEST, linestyle=style)
+    if column == "rank":
+        ax.axhline(0.5, label="chance", color=HONEST)
+
+
+def leakage_figure(runs: Sequence[Run]) -> Figure | None:
+    """Gradient inversion: rank above, PSNR below, by images per step to the left, by local steps to the right."""
+    import pandas as pd
+
+    runs = [run for run in runs if len(run.leakage)]
+    if not runs:
+        return None
+    table = pd.concat([run.leakage for run in runs])
+    parts = {"images": table[table["steps"] < 2], "steps": table[table["images"] == 20]}
+    parts = {along: part for along, part in parts.items() if part[along].nunique() > 1}
+    if not parts:
+        return None
+    figure, axes = new_figure(2, len(parts), height=8, width=4 + 4 * len(parts), sharex=False, squeeze=False)
+    for (along, part), column_of_axes in zip(parts.items(), axes.T):
+        for ax, column in zip(column_of_axes, LEAKED):
+            plot_leakage(ax, part, column, along)
+    figure.suptitle(title("Images reconstructed from what a client sends", runs), fontsize="medium", x=0.02, ha="left")
+    return figure
+
+
+def inversion_figure(runs: Sequence[Run]) -> Figure | None:
+    """Images of a client, and below them the reconstructed ones, for all that the attacker of the first run sees."""
+    for run in runs:
+        if pictures := read_pictures(run.folder / "leakage.npz"):
+            break
+    else:
+        return None
+    gradients = [seen for seen in pictures if seen.startswith("gradient")]
+    sides = [side for side in (gradients, [seen for seen in pictures if seen not in gradients]) if side]
+    rows = max(map(len, sides))
+    figure, axes = new_figure(rows, len(sides), height=1 + 1.5 * rows, width=6 * len(sides), squeeze=False)
+    for ax in axes.flat:
+        ax.axis("off")
+    for ax, seen in [pair for column_of_axes, side in zip(axes.T, sides) for pair in zip(column_of_axes, side)]:
+        lines = [[np.pad(image, 1, constant_values=255) for image in images[:SHOWN]] for images in pictures[seen]]
+        ax.imshow(np.vstack([np.hstack(line) for line in lines]), cmap="gray", vmin=0, vmax=255)
+        ax.set_xlim(0, 30 * SHOWN)  # so that all images have one size
+        ax.set_title(seen, fontsize="small", loc="left")
+    about = f"round {run.leakage['round'].max()}: images of a client, and below them what an attacker reconstructs"
+    figure.suptitle(title(about.capitalize(), [run]), fontsize="medium", x=0.02, ha="left")
+    return figure
+
+
 # name -> figure(runs of one folder) -> Figure, or None if the runs have nothing to show
 FIGURES: dict[str, Callable[[Sequence[Run]], Figure | None]] = {
     "jump": jump_figure,
     "membership": membership_figure,
+    "leakage": leakage_figure,
+    "inversion": inversion_figure,
 }
 
 

@@ -1,4 +1,4 @@
-"""Tests of lab/privacy.py: membership inference."""
+"""Tests of lab/privacy.py: membership inference and gradient inversion."""
 
 import math
 from dataclasses import replace
@@ -6,12 +6,19 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+import torch.nn.functional as F
+from test_plot import make_run, write_csv
 
 import data
 import madsim
 import model
-from harness.log import MEMBERSHIP_COLUMNS, held
-from lab.privacy import MembershipInference, chance_advantage, membership_advantage
+import plot
+from harness.cli import main
+from harness.log import LEAKAGE_COLUMNS, MEMBERSHIP_COLUMNS, held
+from lab import figures, privacy
+from lab.experiments import EXPERIMENTS, Experiment
+from lab.privacy import GradientInversion, MembershipInference, chance_advantage, membership_advantage
 from madsim import Config, simulate
 
 
@@ -106,3 +113,215 @@ def test_few_validation_images_are_copies_of_training_images(real):
         copies.append(sum(real.train_images[i].tobytes() in known for i in validation))
         assert len(validation) == 376
     assert copies == [4, 1, 1, 2, 1]
+
+
+# ---------------------------------------------------------------- gradient inversion
+
+
+BRIEF = "gradient:1,2x4,update"
+
+
+@pytest.fixture
+def brief(monkeypatch):
+    """Gradient inversion with few steps."""
+    monkeypatch.setattr(privacy, "STEPS", 3)
+
+
+def tensors(dataset: data.Dataset, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    images = torch.tensor(dataset.train_images[:count]).float().div(127.5).sub(1)[:, None]
+    return images, torch.tensor(dataset.train_labels[:count])
+
+
+def test_the_gradient_is_that_of_plain_pytorch(phantom):
+    images, labels = tensors(phantom, 5)
+    w = model.initial_weights(0)
+    network = model.network_of(w.clone(), model.convolve_pool)
+    F.cross_entropy(network(images), labels).backward()
+    expected = torch.cat([parameter.grad.flatten() for parameter in network.parameters()])
+    assert torch.allclose(privacy.gradient(w, images, labels), expected, atol=1e-7)
+
+
+def test_the_label_of_a_single_image_is_exact(phantom):
+    """Of the gradient and of the first step of Adam, with initial and with trained weights."""
+    images, labels = tensors(phantom, 40)
+    w = model.initial_weights(1)
+    members = [np.arange(200, 300)]
+    all_images, all_labels = tensors(phantom, 300)
+    trained, _ = model.train_clients(w, all_images, all_labels, members, [np.random.default_rng(0)])
+    assert len(labels.unique()) == 2
+    for weights in (w, trained[0]):
+        for number in range(40):
+            pick = [np.array([number])]
+            found = privacy.gradient(weights, images[number : number + 1], labels[number : number + 1])
+            assert privacy.label_of(found) == labels[number]
+            moved, _ = model.train_clients(weights, images, labels, pick, [np.random.default_rng(0)])
+            assert privacy.label_of(weights - moved[0]) == labels[number]
+
+
+@pytest.mark.parametrize(("adam", "most"), [(False, privacy.RARE), (True, 0.1)])
+def test_an_image_is_found_from_its_gradient_and_not_from_that_of_another(real, adam, most):
+    """What is found is nearer to its own image than to nearly all of 1000 others; see the negative control."""
+    images, labels = tensors(real, 1002)
+    w, own = model.initial_weights(0), slice(0, 1)
+    seen = privacy.gradient(w, images[own], labels[own])
+    seen = seen.sign() if adam else seen
+    found = privacy.invert_gradient(seen, w, labels[own], np.random.default_rng(0), adam=adam)[:, 0].numpy()
+    pixels = images[:, 0].numpy()
+    assert found.shape == (1, 28, 28) and abs(found).max() <= 1
+    y = labels.numpy()
+    assert privacy.ranks(found, y[own], pixels[own], y[own], pixels[2:], y[2:]) < most
+    alike, other = (privacy.likeness(found, pixels[numbers]) for numbers in (own, slice(1, 2)))
+    assert alike["ssim"] > other["ssim"] + 0.1 and alike["psnr"] > other["psnr"] + 1
+
+
+def test_ranks_pairs_and_likeness_by_hand():
+    """Grey images: 0.1 apart is an error of 0.01, so 10 log10(4 / 0.01) = 26.02 dB."""
+    grey = lambda *values: np.stack([np.full((28, 28), value) for value in values])  # noqa: E731
+    found, true = grey(0.0, 0.5), grey(0.6, -0.9, 0.1)
+    assert privacy.matched(found, true).tolist() == [2, 0]
+    assert privacy.likeness(found, true[[2, 0]])["psnr"] == pytest.approx(10 * math.log10(400))
+    assert privacy.likeness(true, true) == pytest.approx({"psnr": 20 * math.log10(2 * 255), "ssim": 1})
+    # Of the other images with label 0, one of four is nearer to 0.0 than 0.1 is: 1/4. Those with label 1 do not count.
+    # Two of four with label 1 are nearer to 0.5 than 0.6 is. Two true images have this label, so of the 6 pairs of
+    # others, all but one hold a nearer one: 5/6.
+    others = grey(0.05, 0.2, 0.3, -0.5, 0.45, 0.55, 0.9, -0.9)
+    labels = np.repeat([0, 1], 4)
+    share = privacy.ranks(found, np.array([0, 1]), true, np.array([1, 1, 0]), others, labels)
+    assert share == pytest.approx([1 / 4, 5 / 6])
+
+
+def test_ranks_of_images_that_tell_nothing_are_half_on_average():
+    """Negative control: with random images the mean of 400 ranks is 0.5, whatever the number of true images."""
+    rng = np.random.default_rng(0)
+    pool, labels = rng.normal(size=(200, 28, 28)), np.zeros(200, int)
+    for number in (1, 5, 40):
+        true, others, values = labels[:number], labels[number:], []
+        for _ in range(400):
+            found, pool = rng.normal(size=(1, 28, 28)), rng.permutation(pool)
+            values += [*privacy.ranks(found, labels[:1], pool[:number], true, pool[number:], others)]
+        assert abs(np.mean(values) - 0.5) < 3 * np.sqrt(1 / 12 / 400)  # 3 standard errors of a uniform number
+
+
+def test_inversion_needs_labels_and_a_gradient():
+    w = model.initial_weights(0)
+    for seen, labels in ((w, []), (w * 0, [1]), (w * float("nan"), [1])):
+        with pytest.raises(ValueError, match="needs a finite gradient other than 0, and labels"):
+            privacy.invert_gradient(seen, w, torch.tensor(labels), np.random.default_rng(0))
+
+
+def test_the_update_that_is_inverted_is_the_one_that_the_client_submits(small, brief, monkeypatch):
+    seen = []
+    clients = madsim.gather(Config(epochs=2), small)
+    inversion, w = GradientInversion(clients, BRIEF), model.initial_weights(0).numpy()
+
+    def blank(update, w, labels, *_, **__):
+        seen.append(update)
+        return w.new_zeros(len(labels), 1, 28, 28)
+
+    monkeypatch.setattr(privacy, "invert_gradient", blank)
+    rows = [row for row, *_ in inversion(w, 3)]
+    W, _ = clients.train(w, np.ones(10, bool), 3)
+    assert not clients.shares[inversion.number].malicious
+    assert torch.equal(seen[2], torch.tensor(w) - W[inversion.number])
+    assert [(row["steps"], row["images"]) for row in rows] == [(0, 1), (2, 4), (4, 20)]  # 36 images: 2 steps per epoch
+    assert rows[0]["label"] == 1 and all(math.isnan(row["label"]) for row in rows[1:])
+
+
+def test_a_run_measures_leakage_of_the_model_that_clients_received(small, brief, tmp_path):
+    config = Config(rounds=3, leakage=2, inverted=BRIEF)
+    result = simulate(config, tmp_path / "run", dataset=small)
+    table = pd.read_csv(tmp_path / "run" / "leakage.csv")
+    assert table.columns.tolist() == LEAKAGE_COLUMNS == result.leakage.columns.tolist()
+    assert table["round"].tolist() == [2, 2, 2] and np.allclose(table, result.leakage, equal_nan=True)
+    unmeasured = Config(rounds=3)
+    earlier = simulate(replace(unmeasured, rounds=1), dataset=small)
+    again = GradientInversion(madsim.gather(config, small), BRIEF)(earlier.weights, 2)
+    assert [row["psnr"] for row, *_ in again] == pytest.approx(table["psnr"].tolist(), rel=1e-5)
+    with np.load(tmp_path / "run" / "leakage.npz") as arrays:
+        assert {name: arrays[name].shape for name in arrays if name.startswith("found")} == {
+            "found_0_1": (1, 28, 28), "found_2_4": (8, 28, 28), "found_2_20": (20, 28, 28)
+        }  # fmt: skip
+        assert all(arrays[name].dtype == np.uint8 for name in arrays)
+    alone = simulate(unmeasured, dataset=small)
+    assert alone.leakage is None and alone.rounds.equals(result.rounds)
+
+
+def test_what_an_attacker_sees_is_chosen_by_a_text():
+    assert privacy.kinds_seen("gradient:4,2x20,update") == [(0, 4), (2, 20), None]
+    assert len(privacy.kinds_seen(Config.inverted)) == 11
+    for text in ("", "gradient:0", "gradient", "0x20", "2x0", "2x", "update,", "gradient:1, update", "Update", "1x1e3"):
+        with pytest.raises(ValueError, match="is unknown; known: gradient:N for the gradient of N images, KxN for K"):
+            privacy.kinds_seen(text)
+    with pytest.raises(ValueError, match="inverted 1x1,update,1x1 names something twice"):
+        privacy.kinds_seen("1x1,update,1x1")
+
+
+@pytest.mark.parametrize(("inverted", "needed"), [("gradient:37,update", 37), ("5x20", 100)])
+def test_more_images_than_the_client_has_are_refused(small, inverted, needed):
+    found = f"inverted {inverted} needs {needed} images; client 1 has 36"
+    with pytest.raises(ValueError, match=found):
+        simulate(Config(rounds=1, leakage=1, inverted=inverted), dataset=small)
+    with pytest.raises(ValueError, match="is judged beside as many images of other clients; there are"):
+        simulate(Config(rounds=1, leakage=1, inverted="update", clients=1, malicious=0.0), dataset=small)
+    with pytest.raises(ValueError, match="changes nothing without leakage"):
+        Config(inverted=inverted)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--leakage 1 --inverted gradients:1", "inverted 'gradients:1' is unknown; known: gradient:N"),
+        ("--leakage 1 --inverted gradient:37", "inverted gradient:37 needs 37 images; client 1 has 36"),
+        ("--leakage 3", "leakage 3 lies beyond the 2 rounds"),
+        ("--inverted update", "inverted update changes nothing without leakage; leave it out"),
+    ],
+)
+def test_bad_input_is_one_line(quick, capsys, tmp_path, words, said):
+    given = ["--rounds", "2", "--dataset", "phantom", "--out", tmp_path / "run", *words.split()]
+    with pytest.raises(SystemExit) as stop:
+        main(list(map(str, given)))
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and said in lines[0] and not (tmp_path / "run").exists()
+
+
+def test_an_experiment_with_leakage_has_tables_and_figures(quick, brief, monkeypatch, capsys, tmp_path):
+    """Two seeds: each number of the tables is the mean of the two runs' leakage.csv."""
+    options = {"rounds": 1, "leakage": 1, "inverted": "gradient:1,gradient:2,1x1,1x20"}
+    monkeypatch.setitem(EXPERIMENTS, "grid", Experiment("a grid", 1, {"first": options}, {"": {}}))
+    given = ["--experiment", "grid", "--dataset", "phantom", "--jobs", "1", "--seeds", "2", "--out", str(tmp_path)]
+    assert main(given) == 0
+    printed, folder = capsys.readouterr().out, tmp_path / "grid"
+    runs = [pd.read_csv(path) for path in sorted(folder.glob("*/leakage.csv"))]
+    table = pd.read_csv(folder / "leakage.csv")
+    assert len(runs) == 2 and table["seen"].tolist()[:4] == [
+        "gradient of 1 image", "gradient of 2 images", "1 step of 1 image", "1 step of 20 images"
+    ]  # fmt: skip
+    assert table[table["seed"] == 1][LEAKAGE_COLUMNS].reset_index(drop=True).equals(runs[1])
+    both = [run["psnr"][3] for run in runs]
+    cell = f"{np.mean(both):.1f} ± {np.std(both, ddof=1):.1f}"
+    for text in (printed, (folder / "table.md").read_text()):
+        assert any("1 step of 20 images" in line and cell in line for line in text.splitlines())
+    assert plot.main([str(folder)]) == 0
+    for name in ("leakage", "inversion"):
+        assert (folder / "figures" / f"{name}.png").is_file()
+
+
+def test_the_figure_of_leakage_has_the_means_of_the_seeds(tmp_path):
+    make_run(tmp_path / "a")
+    make_run(tmp_path / "b", seed=1)
+    first = [(1, 0, 1, 0.1, 20), (1, 0, 4, 0.3, 16), (1, 1, 1, 0.2, 18), (1, 1, 20, 0.5, 12), (1, 5, 20, 0.5, 12)]
+    second = [(t, steps, images, rank + 0.2, psnr - 2) for t, steps, images, rank, psnr in first]
+    for name, rows in (("a", first), ("b", second)):
+        columns = ["round", "steps", "images", "rank", "psnr", "mean_psnr", "nearest_psnr"]
+        write_csv(tmp_path / name / "leakage.csv", columns, [[*row, 15, 17] for row in rows])
+    figure = figures.leakage_figure([plot.load_run(tmp_path / name) for name in ("a", "b")])
+    rank, _, psnr, by_steps = figure.axes
+    lines = {line.get_label(): list(line.get_ydata()) for line in rank.lines}
+    assert lines == {
+        "round 1": pytest.approx([0.2, 0.4]), "round 1, after a step of Adam": pytest.approx([0.3, 0.6]),
+        "chance": [0.5, 0.5],
+    }  # fmt: skip
+    assert [text.get_text() for text in psnr.get_xticklabels()] == ["1", "4", "20"]
+    lines = {line.get_label(): list(line.get_ydata()) for line in by_steps.lines}
+    assert lines["round 1"] == [11, 11] and lines["guess: mean image of others"] == [15, 15]
+    assert figures.leakage_figure([]) is None and figures.inversion_figure([plot.load_run(tmp_path / "a")]) is None

@@ -282,9 +282,7 @@ def make_ready(
         if first.leakage:
             from lab.privacy import GradientInversion
 
-            GradientInversion(
-                clients, first.inverted
-            )  # raises ValueError for a wrong `inverted`
+            GradientInversion(clients, first.inverted)  # raises ValueError for a wrong `inverted`
     for folder in finished:
         if dataset and not resume:
             now = {"data's MD5": dataset.md5, "plugins": plugins.described()}

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHOWN = 10  # ours: reconstructed images that fit beside each other
-GUESSES = {"nearest": "guess: nearest image of others", "mean": "guess: mean image of others"}
+GUESSES = {"nearest": "guess: nearest other image", "mean": "guess: mean of other images"}
 
 
 def plot_jump(ax: Axes, runs: Sequence[Run], name: str) -> None:

@@ -20,13 +20,13 @@ DPI = 150  # dots per inch of PNG files
 
 
 def new_figure(
-    rows: int = 1, columns: int = 1, height: float = 4.2, width: float = 8, sharex: bool = True, squeeze: bool = True
+    rows: int = 1, columns: int = 1, height: float = 4.2, width: float = 8, sharex: bool = True, **layout: Any
 ) -> Any:
-    """A figure of `width` x `height` inches, and its Axes."""
+    """A figure of `width` x `height` inches, and its Axes; `layout` as in matplotlib's `subplots`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, sharex=sharex, squeeze=squeeze)
+    return figure, figure.subplots(rows, columns, sharex=sharex, **layout)
 
 
 def prepare(ax: Axes, heading: str, unit: str) -> None:

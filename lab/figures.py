@@ -169,7 +169,7 @@ def leakage_figure(runs: Sequence[Run]) -> Figure | None:
     parts = {along: part for along, part in parts.items() if part[along].nunique() > 1}
     if not parts:
         return None
-    figure, axes = new_figure(2, len(parts), height=8, width=4 + 4 * len(parts), sharex=False, squeeze=False)
+    figure, axes = new_figure(2, len(parts), 8, 4 + 4 * len(parts), sharex=False, sharey="row", squeeze=False)
     for (along, part), column_of_axes in zip(parts.items(), axes.T):
         for ax, column in zip(column_of_axes, LEAKED):
             plot_leakage(ax, part, column, along)

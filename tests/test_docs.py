@@ -173,13 +173,13 @@ def test_links_and_the_tests_that_are_named_are_there(page):
 
 @pytest.mark.parametrize("page", ["README.md", "docs/replication.md", "docs/threats.md"])
 def test_the_numbers_of_the_pages_are_those_of_the_tables(page):
-    """Every "mean ± deviation" is that of a cell and a column of a table.csv or spans.csv; every interval is right."""
+    """Every "mean ± deviation" is that of a cell and a column of a table; every interval is right."""
     known = set()
     results = HERE / "docs" / "results"
-    for path in (*results.glob("*/table.csv"), *results.glob("*/spans.csv")):
+    for path in (path for name in ("table", "spans", "leakage") for path in results.glob(f"*/{name}.csv")):
         table = pd.read_csv(path, dtype={"column": str, "rounds": str}).fillna({"column": ""})
         table = table[table["complete"]] if "complete" in table else table  # spans.csv has complete runs alone
-        groups = table.groupby([name for name in ("experiment", "row", "column", "rounds") if name in table])
+        groups = table.groupby([name for name in ("experiment", "row", "column", "rounds", "seen") if name in table])
         means, deviations = groups.mean(numeric_only=True), groups.std(numeric_only=True)
         for name in means:
             for mean, deviation in zip(means[name], deviations[name]):
@@ -321,6 +321,17 @@ def test_the_notebook_runs(small, monkeypatch, capsys):
     for cell in cells:
         exec(compile(cell.replace("= 60, 30", "= 6, 3"), "a cell", "exec"), names)
     assert "still there: [0 1 2]" in capsys.readouterr().out
+
+
+def test_the_table_of_gradient_inversion_is_that_of_its_file():
+    table = pd.read_csv(HERE / "docs" / "results" / "leakage" / "leakage.csv")
+    page = PAGES["docs/replication.md"].split("## Gradient inversion")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (gradient of [^|]*|\d+ steps? of [^|]*) \| (.*) \|$", page, re.MULTILINE)
+    assert [seen for seen, _ in rows] == list(table["seen"].unique()) and len(table) == 11 * 3 * 5
+    for seen, cells in rows:
+        of = [table[(table["row"] == f"round {t}") & (table["seen"] == seen)] for t in (1, 10, 100)]
+        values = [(part[name], digits) for name, digits in (("rank", 3), ("psnr", 1)) for part in of]
+        assert cells.split(" | ") == [f"{v.mean():.{digits}f} ± {v.std():.{digits}f}" for v, digits in values]
 
 
 def test_the_comparison_with_the_authors_system_is_that_of_its_files():

@@ -33,9 +33,6 @@ SMALL = 1e-30  # a length to divide by
 LEAST = 1 / 255  # half a grey level: an image that is as near as this to another is a copy
 RARE = 0.01  # an image is identified if its rank is lower
 
-with torch.device("meta"):  # its weights come with each call
-    PLAIN_NETWORK = Network(convolve_pool)
-
 
 class MembershipInference:
     """Membership inference on the honest clients' training images, compared with validation and test images.
@@ -175,18 +172,27 @@ class GradientInversion:
             steps, images = kind
             own, training = own[: max(1, steps) * images], training | {"epochs": 1, "batch_size": images}
             if steps == 0:
-                return gradient(w, c.images[own], c.labels[own]), own, steps, images
+                return gradient(plain_network(), w, c.images[own], c.labels[own]), own, steps, images
         rng = np.random.default_rng([c.seed, t, self.number, 1])  # that of its local training
         W, _ = train_clients(w, c.images, c.labels, [own], [rng], **training)
         images = training["batch_size"]
         return w - W[0], own, training["epochs"] * -(-len(own) // images), images
 
 
-def gradient(w: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-    """The gradient [P] of the mean cross-entropy at weights w [P], for images [n, 1, 28, 28], without dropout."""
+def plain_network() -> Network:
+    """A network without weights of its own. Each thread needs one, as a call puts the weights into it for a while."""
+    with torch.device("meta"):
+        return Network(convolve_pool)
+
+
+def gradient(network: Network, w: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+    """The gradient [P] of the mean cross-entropy at weights w [P], for images [n, 1, 28, 28], without dropout.
+
+    `network` is a `plain_network`.
+    """
 
     def loss(w: Tensor) -> Tensor:
-        return F.cross_entropy(functional_call(PLAIN_NETWORK, parts_of(w), (images,)), labels)
+        return F.cross_entropy(functional_call(network, parts_of(w), (images,)), labels)
 
     return grad(loss)(w)
 
@@ -219,10 +225,10 @@ def invert_gradient(
     """
     if not len(labels) or not (seen.isfinite().all() and seen.any()):
         raise ValueError(f"gradient inversion needs a finite gradient other than 0, and labels; here {len(labels)}")
-    direction = seen / seen.norm()
+    direction, network = seen / seen.norm(), plain_network()
 
     def objective(images: Tensor) -> Tensor:
-        found = gradient(w, images, labels)
+        found = gradient(network, w, images, labels)
         found = found / (found.abs() + SIGN * found.abs().mean()) if adam else found
         variation = images.diff(dim=-1).abs().mean() + images.diff(dim=-2).abs().mean()
         return 1 - found @ direction / found.norm().clamp(min=SMALL) + SMOOTH[adam] * variation

@@ -138,7 +138,7 @@ def test_the_gradient_is_that_of_plain_pytorch(phantom):
     network = model.network_of(w.clone(), model.convolve_pool)
     F.cross_entropy(network(images), labels).backward()
     expected = torch.cat([parameter.grad.flatten() for parameter in network.parameters()])
-    assert torch.allclose(privacy.gradient(w, images, labels), expected, atol=1e-7)
+    assert torch.allclose(privacy.gradient(privacy.plain_network(), w, images, labels), expected, atol=1e-7)
 
 
 def test_the_label_of_a_single_image_is_exact(phantom):
@@ -152,7 +152,9 @@ def test_the_label_of_a_single_image_is_exact(phantom):
     for weights in (w, trained[0]):
         for number in range(40):
             pick = [np.array([number])]
-            found = privacy.gradient(weights, images[number : number + 1], labels[number : number + 1])
+            found = privacy.gradient(
+                privacy.plain_network(), weights, images[number : number + 1], labels[number : number + 1]
+            )
             assert privacy.label_of(found) == labels[number]
             moved, _ = model.train_clients(weights, images, labels, pick, [np.random.default_rng(0)])
             assert privacy.label_of(weights - moved[0]) == labels[number]
@@ -163,7 +165,7 @@ def test_an_image_is_found_from_its_gradient_and_not_from_that_of_another(real, 
     """What is found is nearer to its own image than to nearly all of 1000 others; see the negative control."""
     images, labels = tensors(real, 1002)
     w, own = model.initial_weights(0), slice(0, 1)
-    seen = privacy.gradient(w, images[own], labels[own])
+    seen = privacy.gradient(privacy.plain_network(), w, images[own], labels[own])
     seen = seen.sign() if adam else seen
     found = privacy.invert_gradient(seen, w, labels[own], np.random.default_rng(0), adam=adam)[:, 0].numpy()
     pixels = images[:, 0].numpy()
@@ -324,3 +326,11 @@ def test_the_figure_of_leakage_has_the_means_of_the_seeds(tmp_path):
     lines = {line.get_label(): list(line.get_ydata()) for line in by_steps.lines}
     assert lines["round 1"] == [11, 11] and lines["guess: mean of other images"] == [15, 15]
     assert figures.leakage_figure([]) is None and figures.inversion_figure([plot.load_run(tmp_path / "a")]) is None
+
+
+def test_threads_change_nothing(small, monkeypatch):
+    """Each thread has a network of its own: a network that threads share takes weights of another one at times."""
+    monkeypatch.setattr(privacy, "STEPS", 30)
+    kinds = "gradient:1,gradient:2,gradient:4,1x1,1x4,2x4"
+    alone, both = (simulate(Config(rounds=1, leakage=1, inverted=kinds, threads=n), dataset=small) for n in (1, 2))
+    assert alone.leakage.equals(both.leakage)

@@ -147,8 +147,10 @@ class GradientInversion:
         seen, own, steps, images = self.sent(w, t, self.kinds[number])
         rng = np.random.default_rng([self.clients.seed, t, number, 4])
         labels = self.clients.labels[own[:MOST]]
-        restarts = max(2, RESTARTS // len(labels))
-        found = invert_gradient(seen, w, labels, rng, adam=steps > 0, restarts=restarts)[:, 0].cpu().numpy()
+        found = np.zeros((len(labels), 28, 28), np.float32)  # grey: all that is left if there is nothing to invert
+        if seen.isfinite().all() and seen.any():
+            restarts = max(2, RESTARTS // len(labels))
+            found = invert_gradient(seen, w, labels, rng, adam=steps > 0, restarts=restarts)[:, 0].cpu().numpy()
         (true, true_labels), (others, other_labels) = map(self.pictures, (own, self.others))
         share = ranks(found, true_labels[:MOST], true, true_labels, others, other_labels)
         label = float(label_of(seen) == labels[0]) if len(own) == 1 else float("nan")

@@ -230,6 +230,15 @@ def test_the_update_that_is_inverted_is_the_one_that_the_client_submits(small, b
     assert rows[0]["label"] == 1 and all(math.isnan(row["label"]) for row in rows[1:])
 
 
+@pytest.mark.parametrize("value", [0.0, math.nan])
+def test_a_gradient_of_0_or_nan_reveals_nothing_and_ends_no_run(small, monkeypatch, value):
+    """A network that is quite sure of an image has a gradient of 0: the attacker is left with grey."""
+    monkeypatch.setattr(privacy, "gradient", lambda network, w, *_: w * value)
+    inversion = GradientInversion(madsim.gather(Config(), small), "gradient:1")
+    [(row, true, found)] = inversion(model.initial_weights(0).numpy(), 1)
+    assert not found.any() and row["psnr"] == pytest.approx(10 * math.log10(4 / (true**2).mean()), rel=1e-5)
+
+
 def test_a_run_measures_leakage_of_the_model_that_clients_received(small, brief, tmp_path):
     config = Config(rounds=3, leakage=2, inverted=BRIEF)
     result = simulate(config, tmp_path / "run", dataset=small)

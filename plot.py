@@ -24,10 +24,31 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from harness import pages
 from harness.console import Parser, as_command, say
 from harness.drawing import HONEST, LINES, band, band_title, bundles, line, new_figure, over_seeds, prepare, save
-from harness.runs import CURVES, LABELS, SCORES, Run, by_start, find_runs, load_run, load_runs, natural, strategy, title  # noqa: F401  for notebooks, as above
+from harness.runs import (
+    CURVES,
+    LABELS,
+    MOST_LINES,
+    SCORES,
+    Run,
+    alike,
+    by_start,
+    changes,
+    exclusions,
+    find_runs,  # noqa: F401  for notebooks, as above
+    load_run,  # noqa: F401
+    load_runs,
+    natural,
+    numbered,
+    strategy,
+    title,
+    titled,
+    variants,
+)
 from lab.figures import FIGURES, beside_figure, grid_figures
 
 if TYPE_CHECKING:
@@ -37,7 +58,6 @@ if TYPE_CHECKING:
 
 MARKERS = "^sDvoP*X"
 ATTACKER, THRESHOLD = "#D55E00", "#0072B2"
-MOST_LINES = 9  # in one figure; an experiment with more kinds of runs is drawn as heat maps alone
 
 
 # ---------------------------------------------------------------- Fig. 2 and Fig. 3
@@ -57,12 +77,14 @@ def plot_loss(ax: Axes, runs: Sequence[Run]) -> None:
     Runs that differ only in their seed share a line: their mean, with a band of one sample standard deviation to each
     side.
     """
-    _plot_curve(ax, runs, "loss", "Mean loss of participating clients", "cross-entropy (nats)")
+    subject = numbered("a", "Mean loss of participating clients", runs)
+    _plot_curve(ax, runs, "loss", subject, "cross-entropy (nats)")
 
 
 def plot_accuracy(ax: Axes, runs: Sequence[Run]) -> None:
     """Fig. 3(b): mean accuracy (0 to 1) of the participating clients on their own validation data, as in Fig. 3(a)."""
-    _plot_curve(ax, runs, "accuracy", "Mean accuracy of participating clients", "accuracy (fraction correct)")
+    subject = numbered("b", "Mean accuracy of participating clients", runs)
+    _plot_curve(ax, runs, "accuracy", subject, "accuracy (fraction correct)")
 
 
 def _plot_curve(ax: Axes, runs: Sequence[Run], column: str, subject: str, unit: str) -> None:
@@ -74,20 +96,37 @@ def _plot_curve(ax: Axes, runs: Sequence[Run], column: str, subject: str, unit: 
 def plot_honest_accuracy(ax: Axes, runs: Sequence[Run]) -> None:
     """Fig. 3(c): mean accuracy (0 to 1) of the honest clients. Each round is light, the running mean is strong.
 
-    The running mean does not cross the MAD start, so that no curve rises before MAD starts. Bands are as in Fig. 3(a).
+    There is no running mean of fewer than 40 rounds. Bands are as in Fig. 3(a).
     """
     window = max(run.recorded for run in runs) // 20 | 1
-    subject = f"Mean accuracy of honest clients: each round (light), running mean, window {window} (strong)"
+    smoothed = f": each round (light), mean of {window} rounds (strong)" * (window > 1)
+    subject = numbered("c", f"Mean accuracy of honest clients{smoothed}", runs)
     prepare(ax, band_title(subject, runs), "accuracy (fraction correct)")
-    ax.set_xlabel("round (dashed vertical line: MAD start)")
     for style, members in bundles(runs):
         accuracy = over_seeds(members, "honest_accuracy")
-        before_start = accuracy.index < (members[0].config.get("mad_start") or 0)
-        smooth = accuracy.groupby(before_start).transform(running_mean, window)
-        light = accuracy.mean(axis=1)
-        line(ax, light.index, light, color=style["color"], alpha=0.35, linewidth=0.6, zorder=1)
-        band(ax, smooth, **style)
+        if window > 1:
+            light = accuracy.mean(axis=1)
+            line(ax, light.index, light, color=style["color"], alpha=0.35, linewidth=0.6, zorder=1)
+        band(ax, in_pieces(accuracy, members, window), **style)
         mark_start(ax, members[0], color=style["color"])
+    if any(line.get_linestyle() == "--" for line in ax.lines):
+        ax.set_xlabel("round (dashed vertical line: MAD start)")
+
+
+def in_pieces(values: Any, members: Sequence[Run], window: int) -> Any:
+    """The running mean of a frame [t, run]. It doesn't cross rounds in which something happens: it changes after that.
+
+    That is the first round of the attack, and each round in which the active clients change. In a piece of few rounds
+    the window is a third of them, because the mean of all of them would be a flat line.
+    """
+    import pandas as pd
+
+    each = []
+    for column, run in enumerate(members):
+        causes = [run.config.get("attack_start") or 1, *changes(run.clients)]
+        pieces = values.iloc[:, column].groupby(np.searchsorted(sorted(causes), values.index, side="right"))
+        each.append(pieces.transform(lambda piece: running_mean(piece, min(window, len(piece) // 3 | 1))))
+    return pd.concat(each, axis=1)
 
 
 def running_mean(values: Any, window: int) -> Any:
@@ -108,10 +147,10 @@ def plot_score(ax: Axes, run: Run, score: str) -> None:
         if client in attackers:
             style = attacker_style(client, attackers.index(client), len(scored))
         else:
-            style = honest_style(client, excluded=(history["active"] == 0).any())
+            style = honest_style(excluded=(history["active"] == 0).any())
         line(ax, scored["round"], scored[score], **style)
     mark_exclusions(ax, run, score)
-    mark_start(ax, run, color="black", label=f"MAD start (round {run.config.get('mad_start')})")
+    mark_start(ax, run, color="black", label="MAD start")
     if (threshold := run.threshold(score)) is not None:
         ax.axhline(threshold, color=THRESHOLD, linestyle=":", label=f"threshold {threshold:g}")
 
@@ -126,10 +165,10 @@ def attacker_style(client: int, number: int, rounds: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def honest_style(client: int, excluded: bool) -> dict[str, Any]:
-    """The style of honest clients: a thin grey line. A client that was excluded by mistake has its own label."""
+def honest_style(excluded: bool) -> dict[str, Any]:
+    """The style of honest clients: a thin grey line. Those that were excluded by mistake are dashed."""
     if excluded:
-        return {"label": f"client {client} (honest, excluded)", "color": HONEST, "linestyle": LINES[2]}
+        return {"label": "honest clients, excluded", "color": HONEST, "linestyle": LINES[2]}
     return {"label": "honest clients", "color": HONEST, "linewidth": 0.8}
 
 
@@ -187,9 +226,9 @@ def figures(runs: Sequence[Run], folder: Path) -> Iterator[tuple[Path, Figure]]:
         else:
             for name, figure in comparisons(members):
                 yield group / name, figure
-        for run in members:
-            if run.clients[list(SCORES)].notna().any(axis=None):
-                yield group / f"trust-{run.name}", scores_figure(run)
+        scored = [run for run in members if run.clients[list(SCORES)].notna().any(axis=None)]
+        for sharing in alike(scored):
+            yield group / f"trust-{sharing[0].name}", scores_figure(sharing)
 
 
 def comparisons(runs: Sequence[Run]) -> Iterator[tuple[str, Figure]]:
@@ -209,19 +248,27 @@ def samples_figure(run: Run) -> Figure:
     assert run.samples
     figure, axes = new_figure(columns=4, height=2.7)
     plot_samples(axes, *run.samples)
-    figure.suptitle(f"Training images\n{run.data}", fontsize="medium")
+    figure.suptitle(f"Fig. 2: training images\n{run.data}", fontsize="medium")
     return figure
 
 
-def scores_figure(run: Run) -> Figure:
-    """Reputation above, trust below, over the same rounds."""
-    figure, axes = new_figure(rows=2, height=6)
-    for ax, score in zip(axes, SCORES):
-        plot_score(ax, run, score)
-    heading = title(f"Reputation and trust of each client, {strategy(run)}", [run])
-    axes[0].set_title(heading, loc="left", fontsize="medium")
-    axes[0].set_xlabel("")
-    axes[1].set_title("", loc="left")
+def scores_figure(runs: Sequence[Run]) -> Figure:
+    """Reputation and trust of one run, one above the other, or of several runs, each with a row of its own."""
+    subject, note = "Reputation and trust of each client", ""
+    if len(runs) == 1:
+        figure, axes = new_figure(rows=2, height=6)
+        pairs, subject = [axes], f"{subject}, {strategy(runs[0])}"
+        note = f"; excluded: {exclusions(runs[0])}"
+    else:
+        figure, pairs = new_figure(rows=len(runs), columns=2, height=1.5 + 1.8 * len(runs), width=10)
+    for run, pair, text in zip(runs, pairs, variants(runs)):
+        for ax, score in zip(pair, SCORES):
+            plot_score(ax, run, score)
+            ax.set_title("", loc="left")
+            ax.set_xlabel("round" if ax.get_subplotspec().is_last_row() else "")
+        if len(runs) > 1:
+            pair[0].set_title(titled("", f"{text}; excluded: {exclusions(run)}"), loc="left", fontsize="medium")
+    figure.suptitle(title(subject, runs, note), fontsize="medium", x=0.02, ha="left")
     return figure
 
 

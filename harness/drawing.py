@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.runs import Run, title, variants
+from harness.runs import Run, kinds, title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,6 +18,9 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 LINES: tuple[Any, ...] = ("-", (0, (6, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (1.5, 1.2)))
 HONEST = "#8C8C8C"
 DPI = 150  # dots per inch of PNG files
+LEAST_SHARE = 0.62  # of the figure's width is for the Axes and gaps; a legend that leaves less lies below them
+LABEL_WIDTH = 90  # characters per line of a label in the legend
+TICK_WIDTH = 26  # characters per line of a label beside the Axes
 
 
 def new_figure(
@@ -33,30 +37,16 @@ def prepare(ax: Axes, heading: str, unit: str) -> None:
     """Set the title, the names of the axes and a light grid."""
     ax.set_title(heading, fontsize="medium", loc="left")  # a long title then continues above the legend
     ax.set(xlabel="round", ylabel=unit)
-    ax.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]  # it is a MaxNLocator
+    ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)  # type: ignore[call-arg]  # it is a MaxNLocator
     ax.margins(x=0.01)
     ax.grid(color="0.92")
     ax.set_axisbelow(True)
 
 
 def bundles(runs: Sequence[Run]) -> list[tuple[dict[str, Any], list[Run]]]:
-    """Groups of runs that differ in nothing but their seed, each with the label, colour and style of its line.
-
-    A run and its copy count once. The labels say the number of seeds if it is not the same for all.
-    """
-    together: dict[str, dict[Any, Run]] = {}
-    for run, text in zip(runs, variants(runs)):
-        together.setdefault(text, {}).setdefault(run.config.get("seed"), run)
-    equal = len({frozenset(by_seed) for by_seed in together.values()}) == 1
-    found = []
-    for kind, (text, by_seed) in enumerate(together.items()):
-        members = list(by_seed.values())
-        if not equal:
-            single = f", seed {members[0].config.get('seed')}"
-            text += f", mean of {len(members)} seeds" if len(members) > 1 else single
-        style = {"label": text, "color": COLOURS[kind % len(COLOURS)], "linestyle": LINES[kind % len(LINES)]}
-        found.append((style, members))
-    return found
+    """The `kinds` of the runs, each with the label, colour and style of its line."""
+    styles = ({"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i % len(LINES)]} for i in range(len(runs)))
+    return [({"label": text} | style, members) for (text, members), style in zip(kinds(runs).items(), styles)]
 
 
 def band_title(subject: str, runs: Sequence[Run]) -> str:
@@ -86,18 +76,37 @@ def line(ax: Axes, x: Any, y: Any, **style: Any) -> None:
     ax.plot(x, y, **{"marker": "." if len(x) == 1 else None} | style)
 
 
-def save(figure: Figure, path: Path) -> Path:
-    """Write `path`.png, which is returned, and `path`.svg, with one legend for all Axes to their right."""
-    import matplotlib
-
+def add_legend(figure: Figure) -> None:
+    """One legend for all Axes: to their right if it is narrow, else below them in a figure that grows by its height."""
     entries: dict[str, Any] = {}
     for ax in figure.axes:
         handles, labels = ax.get_legend_handles_labels()
-        entries |= dict(zip(labels, handles))
-    if entries:
-        columns = -(-len(entries) // 20)  # so that the legend is never taller than the figure
-        handles, labels = list(entries.values()), list(entries)
-        figure.legend(handles, labels, loc="outside right center", fontsize="small", ncols=columns)
+        entries |= dict(zip((textwrap.fill(label, LABEL_WIDTH) for label in labels), handles))
+    if not entries:
+        return
+    content: Any = {"handles": list(entries.values()), "labels": list(entries), "fontsize": "small"}
+    figure.draw_without_rendering()  # lays it out without a legend
+    legend = figure.legend(**content, loc="outside right center")
+    size = legend.get_window_extent()
+    share = size.width / figure.bbox.width
+    if axes_share(figure) - share > LEAST_SHARE and size.height < figure.bbox.height:
+        return
+    legend.remove()
+    legend = figure.legend(**content, loc="outside lower center", ncols=max(1, int(0.95 / share)))
+    figure.set_figheight((figure.bbox.height + legend.get_window_extent().height) / figure.dpi)
+
+
+def axes_share(figure: Figure) -> float:
+    """The share of the figure's width from the left end of its Axes to their right end, as drawn."""
+    places = [ax.get_window_extent() for ax in figure.axes]
+    return (max(place.x1 for place in places) - min(place.x0 for place in places)) / figure.bbox.width
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write `path`.png, which is returned, and `path`.svg, with a legend, see `add_legend`."""
+    import matplotlib
+
+    add_legend(figure)
     figure.draw_without_rendering()  # lays out the figure, once for both files
     figure.set_layout_engine("none")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ import numpy as np
 
 from harness.console import say
 from harness.folder import plain
-from harness.runs import CURVES, SCORES, Run, by_start, natural, read_table, steady, strategy, title
+from harness.runs import CURVES, SCORES, Run, by_start, exclusions, natural, read_table, steady, strategy, title
 
 TEMPLATES = Path(__file__).parent / "pages"
 PAGE_BYTES = 2_500_000  # of the numbers in a page that plays a run
@@ -130,12 +130,3 @@ def runs_table(runs: Sequence[Run], folder: Path) -> str:
             } | {f"mean {name.replace('_', ' ')}": value for name, value in last.mean().items()}
         )  # fmt: skip
     return pd.DataFrame(rows).to_html(index=False, border=0, float_format="{:.3f}".format, na_rep="")
-
-
-def exclusions(run: Run) -> str:
-    """'attacker 2, 8 in round 5; honest 3 in round 7', or 'nobody'."""
-    out = run.clients[run.clients["active"] == 0].sort_values("round").drop_duplicates("client")
-    groups = out.sort_values("client").groupby(["round", "malicious"])["client"]
-    kinds = {0: "honest", 1: "attacker"}
-    texts = [f"{kinds.get(bad)} {', '.join(map(str, who))} in round {t}" for (t, bad), who in groups]
-    return "; ".join(texts) or "nobody"

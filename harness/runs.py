@@ -31,12 +31,22 @@ METRICS = {  # of an experiment, with the titles of their heat maps
     "test_sensitivity": "Sensitivity (share of pneumonia found) on the test set",
 }  # fmt: skip
 LABELS = ("normal", "pneumonia")  # labels 0 and 1 of the data set
-OF_ATTACKS = ("attack", "malicious", "flip", "attack_start", "attack_period")
-# Labels of runs name these if they differ: the data, fields of config.json, and MAD's settings.
-TELLING = ["data", *OF_ATTACKS, "clients", "partition", "concentration", "rounds"]
-TELLING += ["epochs", "batch_size", "lr", "initial_weights"]
-TELLING += ["measured", "judged", "clusters", "scale_floor", "threshold", "excluded"]
-TITLE_WIDTH = 95  # characters per line below a title: as many as fit beside the axis of the narrowest figure
+# Settings that labels and titles of runs name, with their defaults: of an attack, of any run, and of MAD.
+OF_ATTACKS: dict[str, Any] = {
+    "attack": "label_flip", "malicious": 0.2, "flip": 1.0, "attack_start": 1, "attack_period": None,
+    "strength": None, "burst": 1,
+}  # fmt: skip
+OF_RUNS: dict[str, Any] = {
+    "rule": "mean", "partition": "iid", "clients": 10, "epochs": 1, "batch_size": 20,
+    "lr": 1e-3, "initial_weights": "pytorch",
+}  # fmt: skip
+OF_MAD: dict[str, Any] = {
+    "measured": "positions", "judged": "trust", "clusters": 2, "scale_floor": 2.5, "alpha": 0.5,
+    "beta_reputation": 0.75, "beta_trust": 0.85, "threshold": 0.15, "excluded": "dropped",
+}  # fmt: skip
+DEFAULTS = OF_ATTACKS | OF_RUNS | OF_MAD
+TITLE_WIDTH = 90  # characters per line of a title: as many as fit beside the axis of the narrowest figure
+MOST_LINES = 9  # in one figure; an experiment with more kinds of runs is drawn as heat maps alone
 SAMPLE_BYTES = 100_000  # the largest accepted samples.npz, unpacked; madsim writes 3678 bytes
 # The types of the fields of config.json that are read here.
 KINDS = {
@@ -217,6 +227,11 @@ def read_grid(path: Path) -> Any:
     return table
 
 
+def changes(clients: Any) -> Any:
+    """The rounds in which the set of active clients changes. `clients` is a frame of clients.csv."""
+    return clients["round"][clients.groupby("client")["active"].diff().abs() > 0]
+
+
 def steady(rounds: Any, clients: Any) -> Any:
     """The rows of `rounds` since the last change of the set of active clients; all rows if it never changed.
 
@@ -224,8 +239,8 @@ def steady(rounds: Any, clients: Any) -> Any:
     of these rows. Means over the last rounds are taken from these rows, so that they mix no rounds with and without a
     client.
     """
-    changed = clients.groupby("client")["active"].diff().abs() > 0
-    return rounds[rounds["round"] >= clients["round"][changed].max()] if changed.any() else rounds
+    changed = changes(clients)
+    return rounds[rounds["round"] >= changed.max()] if len(changed) else rounds
 
 
 def counted(count: int, of: int) -> str:
@@ -304,36 +319,112 @@ def strategy(run: Run) -> str:
     return ", ".join(words) + (f" ({rule})" if rule != "mean" else "")
 
 
+def telling(config: dict, data: str) -> dict[str, Any]:
+    """What labels and titles may name: the settings of a run that can matter in it. `config` has MAD's settings too."""
+    start, attacked = config.get("mad_start"), config.get("malicious") != 0
+    found = {"attacked": attacked, "mad_start": start, "data": data, "rounds": config.get("rounds")}
+    found |= {name: config.get(name, default) for name, default in DEFAULTS.items()}
+    if found["partition"] != "iid":
+        found["partition"] = f"{found['partition']} {config.get('concentration')}"
+    idle = [*OF_ATTACKS] * (not attacked) + [*OF_MAD] * (start is None)
+    return {name: value for name, value in found.items() if name not in idle}
+
+
+def telling_of(runs: Iterable[Run]) -> list[dict[str, Any]]:
+    """The `telling` settings of each run."""
+    return [telling(run.config | (run.config.get("settings") or {}), run.data) for run in runs]
+
+
+def differing(each: Sequence[dict[str, Any]]) -> list[str]:
+    """The names of the `telling` settings that differ between the runs that have them."""
+    names = ("attacked", "mad_start", "data", "rounds", *DEFAULTS)
+    return [name for name in names if len({setting_in_words(name, found[name]) for found in each if name in found}) > 1]
+
+
+def setting_in_words(name: str, value: Any) -> str:
+    """'attack hug', 'scale floor 0', 'partition dirichlet 0.5'."""
+    return f"{name.replace('_', ' ')} {f'{value:g}' if isinstance(value, float) else value}"
+
+
 def variants(runs: Sequence[Run]) -> list[str]:
-    """A text for each run that tells it from the others, except by its seed: its strategy, and the TELLING values."""
+    """A text for each run that tells it from the others, except by its seed: the `telling` settings that differ.
 
-    def settings(run: Run) -> dict:
-        every = run.config | (run.config.get("settings") or {}) | {"data": run.data}
-        return {name: every.get(name) for name in TELLING if run.attacked or name not in OF_ATTACKS}
-
-    each = [settings(run) for run in runs]
-    values = {name: {str(found[name]) for found in each if name in found} for name in TELLING}
-    texts = []
+    Defaults are left out where another setting is named. The text is the run's strategy if nothing differs.
+    """
+    each = telling_of(runs)
+    told, texts = differing(each), []
     for run, found in zip(runs, each):
-        details = [f"{name} {value}" for name, value in found.items() if len(values[name]) > 1]
-        texts.append(", ".join([strategy(run), *details]))
-    # Runs that still have the same text, say with two presets of MAD, get the names of their folders.
+        unattacked, start = "attacked" in told and not found["attacked"], found["mad_start"]
+        parts = ["no attack"] * unattacked
+        if "mad_start" in told and start is not None:
+            parts.append(f"MAD from round {start}")
+        elif "mad_start" in told and not unattacked:
+            parts.append("never (FedAvg)" if found["rule"] == "mean" else "never")
+        details = [name for name in told if name in found and name not in ("attacked", "mad_start")]
+        unusual = [name for name in details if name not in DEFAULTS or found[name] != DEFAULTS[name]]
+        parts += [setting_in_words(name, found[name]) for name in (unusual if parts else unusual or details)]
+        texts.append(", ".join(parts) or strategy(run))
+    # Runs that still have the same text, say with two readings of MAD, get the names of their folders.
     keys = [(text, run.config.get("seed")) for text, run in zip(texts, runs)]
     count = Counter(keys)
     return [f"{key[0]} ({run.name})" if count[key] > 1 else key[0] for key, run in zip(keys, runs)]
 
 
+def shared(each: Sequence[dict[str, Any]]) -> list[str]:
+    """The `telling` settings that all runs share and that are not the default, in words."""
+    told, found = differing(each), {name: value for one in each for name, value in one.items()}
+    names = [name for name in DEFAULTS if name in found and name not in told]
+    return [setting_in_words(name, found[name]) for name in names if found[name] != DEFAULTS[name]]
+
+
+def kinds(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """The runs by their label. Runs that differ in nothing but their seed share one. A run and its copy count once.
+
+    The labels name the seeds where they are not those of most others.
+    """
+    together: dict[str, dict[Any, Run]] = {}
+    for run, text in zip(runs, variants(runs)):
+        together.setdefault(text, {}).setdefault(run.config.get("seed"), run)
+    usual = usual_seeds(together.values())
+    own = {text: "" if set(seeds) == usual else f", {seeds_in_words(seeds)}" for text, seeds in together.items()}
+    return {text + own[text]: list(by_seed.values()) for text, by_seed in together.items()}
+
+
+def usual_seeds(kinds_seeds: Iterable[Iterable[Any]]) -> frozenset:
+    """The seeds that most kinds of runs have."""
+    return max(Counter(map(frozenset, kinds_seeds)).items(), key=lambda item: item[1], default=[frozenset()])[0]
+
+
 def title(subject: str, runs: Sequence[Run], note: str = "") -> str:
-    """`subject`, and below it the data set, rounds and seeds of the runs, and a note."""
+    """`subject`, and below it the data set, rounds and seeds of the runs, what else they share, and a note.
+
+    They share, for example, an attack. Their defaults are not named, and neither is the strategy of a single kind.
+    """
     data = " and ".join(dict.fromkeys(run.data for run in runs))
     length = " and ".join(dict.fromkeys(run.length for run in runs))
-    seeds = seeds_in_words(run.config["seed"] for run in runs if "seed" in run.config)
-    return titled(subject, f"{data}, {length}, {seeds}{note}")
+    labelled, each = kinds(runs), telling_of(runs)
+    several, told = len(labelled) > 1, differing(each)
+    common = ["no attack"] * (several and not any(found["attacked"] for found in each))
+    if several and "mad_start" not in told:
+        start = each[0]["mad_start"]
+        common.append("without MAD" if start is None else f"MAD from round {start}")
+    by_kind = [frozenset(run.config.get("seed") for run in members) for members in labelled.values()]
+    seeds = seeds_in_words(usual_seeds(by_kind)) + " unless named" * (len(set(by_kind)) > 1)
+    return titled(subject, ", ".join([data, length, seeds, *common, *shared(each)]) + note)
 
 
-def seeds_in_words(seeds: Iterable[int]) -> str:
+def numbered(letter: str, subject: str, runs: Sequence[Run]) -> str:
+    """`subject`, as Fig. 3(letter) if the runs differ from the paper's in nothing but rounds, seeds and MAD's start."""
+    each = telling_of(runs)
+    free = {"attacked", "mad_start", "rounds"}
+    if shared(each) or set(differing(each)) - free or any(found["data"] != "PneumoniaMNIST" for found in each):
+        return subject
+    return f"Fig. 3({letter}): {subject[:1].lower()}{subject[1:]}"
+
+
+def seeds_in_words(seeds: Iterable[int | None]) -> str:
     """'seed 3', 'seeds 0, 2', 'seeds 0 to 19', or 'seed unknown' if there is none."""
-    each = sorted(set(seeds))
+    each = sorted({seed for seed in seeds if seed is not None})
     if not each:
         return "seed unknown"
     if len(each) > 2 and each[-1] - each[0] == len(each) - 1:
@@ -342,8 +433,26 @@ def seeds_in_words(seeds: Iterable[int]) -> str:
 
 
 def titled(subject: str, about: str) -> str:
-    """`subject`, and below it `about` in lines that fit the figure."""
-    return "\n".join([subject, *textwrap.wrap(about, TITLE_WIDTH)])
+    """`subject`, and below it `about`, in lines that fit the figure."""
+    return "\n".join([*textwrap.wrap(subject, TITLE_WIDTH), *textwrap.wrap(about, TITLE_WIDTH)])
+
+
+def exclusions(run: Run) -> str:
+    """'attacker 2, 8 in round 5; honest 3 in round 7', or 'nobody'."""
+    out = run.clients[run.clients["active"] == 0].sort_values("round").drop_duplicates("client")
+    groups = out.sort_values("client").groupby(["round", "malicious"])["client"]
+    who_is = {0: "honest", 1: "attacker"}
+    texts = [f"{who_is.get(bad)} {', '.join(map(str, who))} in round {t}" for (t, bad), who in groups]
+    return "; ".join(texts) or "nobody"
+
+
+def alike(runs: Sequence[Run]) -> list[list[Run]]:
+    """The runs in groups that share a figure of trust. Only MAD's start differs in a group; of each kind, one seed."""
+    groups: dict[str, list[Run]] = {}
+    for run in [members[0] for members in kinds(runs).values()]:
+        every = run.config | (run.config.get("settings") or {}) | {"mad_start": 1}
+        groups.setdefault(str(telling(every, run.data)), []).append(run)
+    return [group[at : at + MOST_LINES] for group in groups.values() for at in range(0, len(group), MOST_LINES)]
 
 
 def by_start(run: Run) -> tuple:

@@ -6,26 +6,33 @@ write a function and add an entry to `FIGURES`.
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from harness.console import say
-from harness.drawing import COLOURS, HONEST, LINES, band, bundles, line, new_figure, prepare
+from harness.drawing import COLOURS, HONEST, LINES, TICK_WIDTH, band, bundles, line, new_figure, prepare
 from harness.runs import (
     JUMP_PARTS,
     LEAKED,
     METRICS,
+    OF_MAD,
     OTHERS,
     Run,
     counted,
+    differing,
     read_grid,
     read_pictures,
     seeds_in_words,
+    shared,
     span,
+    telling,
     title,
     titled,
 )
@@ -61,7 +68,7 @@ def plot_jump(ax: Axes, runs: Sequence[Run], name: str) -> None:
             edgecolor="white",
             label=label,
         )
-    ax.set_yticks(range(len(rows)), [style["label"] for style, _ in rows])
+    ax.set_yticks(range(len(rows)), folded(style["label"] for style, _ in rows))
     ax.axvline(0, color="black", linewidth=0.8)
     ax.invert_yaxis()
 
@@ -72,7 +79,8 @@ def jump_figure(runs: Sequence[Run]) -> Figure | None:
     if not runs:
         return None
     rows = bundles(runs)
-    figure, axes = new_figure(rows=2, height=2.4 + 0.8 * len(rows), sharex=False)
+    lines = max(label.count("\n") + 1 for label in folded(style["label"] for style, _ in rows))
+    figure, axes = new_figure(rows=2, height=2.4 + max(0.8, 0.4 * lines) * len(rows), sharex=False)
     for ax, name in zip(axes, ("loss", "accuracy")):
         plot_jump(ax, runs, name)
     note = "; bars: mean, lines: ± one standard deviation" * any(len(members) > 1 for _, members in rows)
@@ -209,21 +217,53 @@ FIGURES: dict[str, Callable[[Sequence[Run]], Figure | None]] = {
 }
 
 
-def plot_grid(ax: Axes, table: Any, values: str, texts: Any) -> None:
+def plot_grid(ax: Axes, table: Any, values: str, texts: Any, name: str = "") -> None:
     """A heat map of an experiment's `table` from `read_grid`: means of the column `values` (0 to 1), cell `texts`.
 
-    The colours of `right` go from 0 to 1, those of other columns from their least mean to 1.
+    `name` is written beside the colours. They are the same in all figures: for `right` from 0 to 1. For other columns
+    they follow the logarithm of the error 1 - x, from 0.5 to 0.02, so that a bad cell takes no colours from the good.
     """
+    from matplotlib.colors import FuncNorm, Normalize
+
     rows, columns = (list(dict.fromkeys(table[axis])) for axis in ("row", "column"))
     means = table.groupby(["row", "column"])[values].mean().unstack().reindex(index=rows, columns=columns)
-    image = ax.imshow(means, cmap="cividis", aspect="auto", vmin=0 if values == "right" else None, vmax=1)
-    ax.figure.colorbar(image, ax=ax, pad=0.02)
-    middle = sum(image.get_clim()) / 2
-    for (row, column), text in texts.items():
-        colour = "black" if means.loc[row, column] > middle else "white"
-        ax.text(columns.index(column), rows.index(row), text, fontsize="small", color=colour, ha="center", va="center")
-    ax.set_xticks(range(len(columns)), columns, rotation=30, ha="right", rotation_mode="anchor")
-    ax.set_yticks(range(len(rows)), rows)
+    norm, ticks, extend = Normalize(0, 1), None, "neither"
+    if values != "right":
+        norm = FuncNorm((lambda x: -np.log(np.maximum(1 - x, 1e-9)), lambda y: 1 - np.exp(-y)), 0.5, 0.98)
+        ticks, extend = [0.5, 0.7, 0.8, 0.9, 0.95, 0.98], "both"
+    image = ax.imshow(means, cmap="cividis", aspect="auto", norm=norm)
+    bar = ax.figure.colorbar(
+        image, ax=ax, pad=0.02, ticks=ticks, format="{x:g}", extend=extend, label=textwrap.fill(name, TICK_WIDTH)
+    )
+    bar.minorticks_off()
+    for (x, column), (y, row) in product(enumerate(columns), enumerate(rows)):
+        mean = means.loc[row, column]
+        light = np.isnan(mean) or image.to_rgba(mean)[:3] ** np.full(3, 2.2) @ (0.2126, 0.7152, 0.0722) > 0.18
+        text = texts.get((row, column), "no run")
+        ax.text(x, y, text, color="black" if light else "white", ha="center", va="center")
+    ax.set_xticks(range(len(columns)), folded(columns, 3), rotation=30, ha="right", rotation_mode="anchor")
+    ax.set_yticks(range(len(rows)), folded(rows, 3))
+    ax.set(xlabel=varied(table, "column"), ylabel=textwrap.fill(varied(table, "row"), TICK_WIDTH))
+
+
+def folded(labels: Iterable[str], lines: int | None = None) -> list[str]:
+    """Labels in lines that leave room for the Axes. The last word of a part, such as a number, does not stand alone."""
+    tied = [re.sub(r" (?=[^ ,]+(,|$))", "\u00a0", label) for label in labels]
+    return [textwrap.fill(label, TICK_WIDTH, max_lines=lines).replace("\u00a0", " ") for label in tied]
+
+
+def varied(table: Any, axis: str) -> str:
+    """The settings in which the cells along an `axis` ("row" or "column") differ, in words."""
+    words = {"attacked": "attack", "mad_start": "MAD start", "malicious": "share of malicious clients"}
+    words |= dict.fromkeys(OF_MAD, "MAD settings")
+    names = [name for _, part in table.groupby("column" if axis == "row" else "row") for name in differing(known(part))]
+    return ", ".join(dict.fromkeys(words.get(name, name.replace("_", " ")) for name in names)) or "settings"
+
+
+def known(table: Any) -> list[dict[str, Any]]:
+    """The `telling` settings of each run in an experiment's table."""
+    rows = [{name: value for name, value in row.items() if value == value} for row in table.to_dict("records")]
+    return [telling(row, row["data"]) for row in rows]
 
 
 def grid_figures(path: Path) -> Iterator[tuple[str, Figure]]:
@@ -242,14 +282,16 @@ def grid_figures(path: Path) -> Iterator[tuple[str, Figure]]:
     metric = f"last {span(table)} of {rounds} rounds, mean ± standard deviation"
     share = f"after {rounds} rounds, counts with 95 % intervals"
     for name, heading in (METRICS | {"right": "Share of clients judged correctly, and who was excluded"}).items():
-        about = f"{data}, {share if name == 'right' else metric} over {seeds_in_words(table['seed'])}"
-        texts, height, width = cell_texts(table, name), 0.42, 0.85  # inches of a cell
+        seeds = f"{share if name == 'right' else metric} over {seeds_in_words(table['seed'])}"
+        texts, height, width = cell_texts(table, name), 0.45, 0.85  # inches of a cell
         if name == "right" and columns < 4:  # a count and its interval fit on one line
-            width = 2.3
+            width = 2.9
         elif name == "right":
-            texts, height, width = texts.str.replace(" (", "\n(", regex=False), 0.75, 1.35
-        figure, ax = new_figure(height=2 + height * rows, width=max(8, 3.5 + width * columns))
-        plot_grid(ax, table, name, texts)
+            texts, height, width = texts.str.replace(" (", "\n(", regex=False), 0.85, 1.75
+        lines = max(label.count("\n") + 1 for label in folded(table["row"], 3))
+        figure, ax = new_figure(height=3 + max(height, 0.2 * lines) * rows, width=max(10, 4.2 + width * columns))
+        plot_grid(ax, table, name, texts, heading.split(",")[0].split(" (")[0].lower() + " (0 to 1)")
+        about = ", ".join([data, seeds, *shared(known(table))])
         figure.suptitle(titled(heading, about), fontsize="medium", x=0.02, ha="left")
         yield f"grid-{'exclusions' if name == 'right' else name}", figure
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pandas
 import pytest
-from test_plot import CLIENT_COLUMNS, CLIENT_ROWS, make_run, new_ax, write_csv
+from matplotlib.colors import to_rgb
+from test_plot import CLIENT_COLUMNS, CLIENT_ROWS, make_run, new_ax, nothing_is_cut, share_of_axes, write_csv
 
 import plot
 from harness import runs
@@ -37,10 +38,10 @@ def test_the_jump_is_drawn_in_its_two_parts(tmp_path):
     assert (composition.get_label(), model.get_label()) == ("fewer clients averaged", "the model itself")
     assert {bar.get_hatch() for bar in composition} != {bar.get_hatch() for bar in model}
     labels = [text.get_text() for text in loss.get_yticklabels()]
-    assert labels == ["MAD from round 3, mean of 2 seeds", "MAD from round 2, seed 0"]
+    assert labels == ["MAD from round 3", "MAD from round 2, seed 0"]
     ends = loss.containers[0].lines[2][0].get_segments()[0][:, 0]
     assert sorted(ends) == pytest.approx([-0.5 - 0.1 * 2**0.5, -0.5 + 0.1 * 2**0.5])
-    assert "± one standard deviation" in figure.get_suptitle()
+    assert "± one standard deviation" in " ".join(figure.get_suptitle().split())
 
 
 @pytest.mark.slow
@@ -143,7 +144,75 @@ def test_a_grid_by_hand(tmp_path):
     assert ax.images[0].get_clim() == (0, 1)  # two honest clients of a hundred are not drawn as the worst of all
     assert [label.get_text() for label in ax.get_yticklabels()] == ["never", "MAD"]  # in the experiment's order
     assert [label.get_text() for label in ax.get_xticklabels()] == ["flip", "noise"]
-    assert [(text.get_position(), text.get_color()) for text in ax.texts][::3] == [((0, 1), "black"), ((1, 0), "white")]
+    colours = {text.get_position(): text.get_color() for text in ax.texts}
+    assert colours == {(0, 0): "white", (1, 0): "white", (0, 1): "black", (1, 1): "black"}
+
+
+def luminance(colour):
+    """The relative luminance of an sRGB colour, from 0 to 1 (W3C 2018, Web Content Accessibility Guidelines 2.1)."""
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in to_rgb(colour)]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_the_text_of_every_cell_stands_out_from_its_colour(tmp_path):
+    """The guidelines ask for a contrast of at least 4.5."""
+    assert (luminance("white"), luminance("black")) == (pytest.approx(1), 0)
+    levels = [0.0, 0.2, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 1.0]
+    for values in ("honest_accuracy", "right"):
+        table = pandas.DataFrame(
+            {"row": "a", "column": [f"{x}" for x in levels], "seed": 0, values: levels, "data": ""}
+        )
+        ax = new_ax()
+        figures.plot_grid(ax, table, values, {})
+        for level, text in zip(levels, ax.texts, strict=True):
+            one, other = sorted((luminance(ax.images[0].to_rgba(level)[:3]), luminance(text.get_color())))
+            assert (other + 0.05) / (one + 0.05) > 4.5, level
+
+
+def test_colours_are_the_same_in_all_heat_maps_and_a_bad_cell_leaves_them(tmp_path):
+    """On the scale of the error's logarithm, 0.95 lies at ln(0.5 / 0.05) / ln(0.5 / 0.02) = 0.715."""
+    table = runs.read_grid(write_grid(tmp_path / "table.csv", honest_accuracy=[0.95, 0.95, 0.9, 0.9] * 2))
+    places = []
+    for worst in (0.9, 0.05):
+        table.loc[table["honest_accuracy"] < 0.95, "honest_accuracy"] = worst
+        ax = new_ax()
+        figures.plot_grid(ax, table, "honest_accuracy", {})
+        places.append([float(ax.images[0].norm(value)) for value in (0.5, 0.9, 0.95, 0.98)])
+    assert places[0] == places[1] == pytest.approx([0, 0.5, 0.7153, 1], abs=1e-4)
+
+
+def test_heat_maps_name_their_axes_and_their_colours(tmp_path):
+    attacks = ["label_flip", "label_flip", "noise", "noise"] * 2
+    path = write_grid(tmp_path / "table.csv", mad_start=[None] * 4 + [5] * 4, attack=attacks)
+    drawn = dict(figures.grid_figures(path))
+    for name, said in {
+        "honest_accuracy": "accuracy of the honest clients", "test_accuracy": "accuracy on the test set",
+        "test_sensitivity": "sensitivity", "exclusions": "share of clients judged correctly",
+    }.items():  # fmt: skip
+        cells, colours = drawn[f"grid-{name}"].axes
+        assert (cells.get_xlabel(), cells.get_ylabel()) == ("attack", "MAD start")
+        assert colours.get_ylabel().replace("\n", " ") == f"{said} (0 to 1)"
+    drawn = dict(figures.grid_figures(write_grid(tmp_path / "table.csv", rule="krum")))
+    assert drawn["grid-exclusions"].axes[0].get_ylabel() == "settings"  # the table does not say
+    assert drawn["grid-exclusions"].get_suptitle().endswith(", rule krum")
+
+
+def test_a_cell_without_a_complete_run_says_so(tmp_path):
+    path = write_grid(tmp_path / "table.csv", complete=[False, False, *[True] * 6])
+    for figure in dict(figures.grid_figures(path)).values():
+        assert [text.get_text() == "no run" for text in figure.axes[0].texts] == [False, False, True, False]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [1, 10, 30, 60, 90, 200])
+@pytest.mark.parametrize("columns", [2, 12])
+def test_heat_maps_keep_their_width_whatever_the_labels(tmp_path, length, columns):
+    table, words = pandas.read_csv(write_grid(tmp_path / "table.csv")), ("word " * length)[:length]
+    one = table[table["column"] == "flip"].assign(row=words + table["row"])
+    pandas.concat([one.assign(column=f"{words}{number}") for number in range(columns)]).to_csv(tmp_path / "table.csv")
+    for name, figure in figures.grid_figures(tmp_path / "table.csv"):
+        plot.save(figure, tmp_path / name)
+        assert share_of_axes(figure) >= 0.6 and nothing_is_cut(figure), name
 
 
 @pytest.mark.parametrize(("columns", "lines"), [(2, 2), (3, 2), (4, 4), (9, 4)])
@@ -207,7 +276,7 @@ def test_a_table_alone_is_drawn_as_heat_maps(tmp_path, capsys):
 def test_the_table_of_several_runs_takes_no_figure_away(tmp_path, capsys):
     """Several runs write a table with one column. It gives no heat maps, so each run keeps its own figure."""
     kinds = range(plot.MOST_LINES + 1)
-    loaded = [plot.load_run(make_run(tmp_path / f"r{kind}", mad_start=kind + 1)) for kind in kinds]
+    loaded = [plot.load_run(make_run(tmp_path / f"r{kind}", epochs=kind + 1)) for kind in kinds]
     write_grid(tmp_path / "table.csv", column="")
     assert [str(name) for name, _ in plot.figures(loaded, tmp_path)] == [f"trust-r{kind}" for kind in kinds]
     assert "10 kinds of runs are too many" in capsys.readouterr().err

@@ -212,7 +212,7 @@ def test_every_figure_and_page_of_the_phantom_says_so(tmp_path, note, said):
     write_grid(tmp_path / "table.csv", data=runs.data_in_words("phantom", note))
     loaded = [plot.load_run(folder) for folder in plot.find_runs(tmp_path)]
     drawn = {name.name: figure for name, figure in plot.figures(loaded, tmp_path)}
-    assert drawn.keys() >= {"fig2", "loss", "jump", "membership", "grid-exclusions", "trust-a-s0"} and len(drawn) == 12
+    assert drawn.keys() >= {"fig2", "loss", "jump", "membership", "grid-exclusions", "trust-a-s0"} and len(drawn) == 11
     for name, figure in drawn.items():
         assert said.rstrip(", ") in " ".join(written(figure).split()), name
         assert max(map(len, written(figure).splitlines())) <= runs.TITLE_WIDTH, name

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +24,12 @@ from matplotlib.text import Text
 import plot
 from harness import runs
 from harness.runs import TITLE_WIDTH, variants
+from madsim import Config
 
 HERE = Path(plot.__file__).parent
 LOSS = [0.9, 0.7, 0.2, 0.1]
 ACCURACY = [0.5, 0.6, 0.9, 1.0]
+FIG_3B = "Fig. 3(b): mean accuracy of participating clients"
 HONEST_ACCURACY = [0.6, 0.7, 0.8, 0.95]
 ROUND_COLUMNS = ["round", "loss", "accuracy", "honest_accuracy", "active"]
 CLIENT_COLUMNS = ["round", "client", "malicious", "active", "reputation", "trust"]
@@ -87,8 +90,13 @@ def heading(ax):
 @pytest.mark.parametrize(
     "draw, values, subject, unit",
     [
-        (plot.plot_loss, LOSS, "Mean loss of participating clients", "cross-entropy (nats)"),
-        (plot.plot_accuracy, ACCURACY, "Mean accuracy of participating clients", "accuracy (fraction correct)"),
+        (plot.plot_loss, LOSS, "Fig. 3(a): mean loss of participating clients", "cross-entropy (nats)"),
+        (
+            plot.plot_accuracy,
+            ACCURACY,
+            "Fig. 3(b): mean accuracy of participating clients",
+            "accuracy (fraction correct)",
+        ),
     ],
 )
 def test_curves_show_a_line_a_run(tmp_path, draw, values, subject, unit):
@@ -112,31 +120,61 @@ def test_running_mean_by_hand():
     assert list(plot.running_mean(pandas.Series([1.0, 2.0]), window=1)) == [1, 2]
 
 
-def test_honest_accuracy_light_and_running_mean_to_each_side_of_the_start(tmp_path):
-    folder = make_run(tmp_path / "a", rounds=60, mad_start=31)
-    values = [0.5] * 29 + [0.8] + [0.9] * 30
-    write_csv(folder / "rounds.csv", ["round", "honest_accuracy"], zip(range(1, 61), values, strict=True))
+def curve_of(folder, values, causes=(), **config):
+    """The light and the strong line of Fig. 3(c). In each round of the `causes` a client is excluded."""
+    rows = [(t, client, 0, int(t < cause), 0.5, 0.5) for client, cause in enumerate(causes) for t in (1, cause)]
+    rows += [(t - 1, client, 0, 1, 0.5, 0.5) for client, t in enumerate(causes)]
+    make_run(folder, rounds=len(values), client_rows=sorted(rows), **config)
+    write_csv(folder / "rounds.csv", ["round", "honest_accuracy"], enumerate(values, start=1))
     ax = new_ax()
     plot.plot_honest_accuracy(ax, [plot.load_run(folder)])
+    return ax
+
+
+def test_honest_accuracy_light_and_running_mean_to_each_side_of_an_exclusion(tmp_path):
+    values = [0.5] * 29 + [0.8] + [0.9] * 30
+    ax = curve_of(tmp_path / "a", values, causes=[31], mad_start=31)
     light, strong = ax.lines[:2]
     assert list(light.get_ydata()) == values
     assert light.get_alpha() < 0.5 and light.get_color() == strong.get_color()
     assert list(lines(ax)) == ["MAD from round 31"]
     smooth = strong.get_ydata()  # window 60 / 20 = 3
-    # Round 29: (0.5 + 0.5 + 0.8) / 3. Round 30 is the last before the start: (0.5 + 0.8) / 2. Round 31: only 0.9.
+    # Round 29: (0.5 + 0.5 + 0.8) / 3. Round 30 is the last before the exclusion: (0.5 + 0.8) / 2. Round 31: only 0.9.
     assert list(smooth[27:32]) == pytest.approx([0.5, 0.6, 0.65, 0.9, 0.9])
-    assert "window 3 " in heading(ax)
+    assert "mean of 3 rounds (strong)" in heading(ax)
     assert vertical(ax) == [(31, to_hex(strong.get_color()))]
     assert ax.lines[-1].get_linestyle() == "--"
+    assert ax.get_xlabel() == "round (dashed vertical line: MAD start)"
+
+
+@pytest.mark.parametrize(
+    ("causes", "config"),
+    [([46], {"mad_start": 31}), ([31, 46], {"mad_start": 31}), ([], {"mad_start": None, "attack_start": 46})],
+)
+def test_the_running_mean_does_not_jump_before_its_cause(tmp_path, causes, config):
+    """The accuracy changes in round 46, where a client is excluded long after MAD's start, or the attack begins."""
+    smooth = curve_of(tmp_path / "a", [0.5] * 45 + [0.9] * 15, causes, **config).lines[1].get_ydata()
+    assert list(smooth) == pytest.approx([0.5] * 45 + [0.9] * 15)
+
+
+def test_a_change_without_a_cause_is_smoothed(tmp_path):
+    smooth = curve_of(tmp_path / "a", [0.6] * 45 + [0.9] * 15, mad_start=None).lines[1].get_ydata()
+    assert list(smooth[43:47]) == pytest.approx([0.6, 0.7, 0.8, 0.9])
+
+
+def test_the_running_mean_before_an_early_start_is_not_flat(tmp_path):
+    """Nine rounds lie before the exclusion in round 10, and the window is 51. Here it is a third of nine."""
+    values = [0.1 * t for t in range(1, 10)] + [0.95] * 991
+    smooth = curve_of(tmp_path / "a", values, causes=[10], mad_start=10).lines[1].get_ydata()
+    assert list(smooth[:11]) == pytest.approx([0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.95, 0.95])
 
 
 @pytest.mark.parametrize("rounds, window", [(4, 1), (39, 1), (40, 3), (100, 5), (1000, 51)])
 def test_window_is_odd_and_about_a_twentieth(tmp_path, rounds, window):
-    folder = make_run(tmp_path / "a")
-    write_csv(folder / "rounds.csv", ["round", "honest_accuracy"], [(t, 0.5) for t in range(1, rounds + 1)])
-    ax = new_ax()
-    plot.plot_honest_accuracy(ax, [plot.load_run(folder)])
-    assert f"window {window} " in heading(ax)
+    ax = curve_of(tmp_path / "a", [0.5] * rounds, mad_start=None)
+    assert (f"mean of {window} rounds" in heading(ax)) == (window > 1)
+    assert len(ax.lines) == (2 if window > 1 else 1)  # without a running mean, each round is the strong line
+    assert ax.get_xlabel() == "round"
 
 
 def test_no_line_for_a_start_that_never_comes_or_has_not_come(tmp_path):
@@ -173,15 +211,15 @@ def test_seeds_are_drawn_as_their_mean_with_a_band(tmp_path):
     runs[1].rounds["loss"] += 0.2
     ax = new_ax()
     plot.plot_loss(ax, runs)
-    assert list(lines(ax)) == ["MAD from round 3, mean of 2 seeds", "never (FedAvg), seed 0"]
+    assert list(lines(ax)) == ["MAD from round 3", "never (FedAvg), seed 0"]
     mean, other = ax.lines
     assert list(mean.get_ydata()) == pytest.approx([1.0, 0.8, 0.3, 0.2])
     assert mean.get_color() != other.get_color() and mean.get_linestyle() != other.get_linestyle()
     (area,) = ax.collections
     heights = area.get_paths()[0].vertices[:, 1]
     assert (heights.max(), heights.min()) == pytest.approx((1 + 0.1 * 2**0.5, 0.2 - 0.1 * 2**0.5))
-    about = "PneumoniaMNIST, 4 rounds, seeds 0, 1; line: mean, band: ± one standard deviation"
-    assert heading(ax).endswith(about)
+    about = "PneumoniaMNIST, 4 rounds, seeds 0, 1 unless named; line: mean, band: ± one standard deviation"
+    assert heading(ax).replace("\n", " ").endswith(about)
 
 
 def test_a_band_has_the_rounds_that_all_seeds_have(tmp_path):
@@ -200,17 +238,137 @@ def test_a_band_has_the_rounds_that_all_seeds_have(tmp_path):
 def test_label_tells_what_differs_among_attacked_runs(tmp_path):
     runs = [loaded(tmp_path / str(share), malicious=share) for share in (0.1, 0.4, 0.0)]
     assert variants(runs) == [
-        "MAD from round 3, malicious 0.1", "MAD from round 3, malicious 0.4", "no attack, MAD from round 3",
+        "malicious 0.1", "malicious 0.4", "no attack",
     ]  # fmt: skip
 
 
 def test_label_tells_runs_of_other_data_or_settings_apart(tmp_path):
     runs = [loaded(tmp_path / "a"), loaded(tmp_path / "b", settings={"threshold": 0.3})]
     runs += [loaded(tmp_path / "c", data="phantom")]
-    assert [label.removeprefix("MAD from round 3, ") for label in variants(runs)] == [
-        "data PneumoniaMNIST, threshold 0.15", "data PneumoniaMNIST, threshold 0.3",
-        "data phantom images, threshold 0.15",
-    ]  # fmt: skip
+    assert variants(runs) == ["data PneumoniaMNIST", "data PneumoniaMNIST, threshold 0.3", "data phantom images"]
+
+
+def test_label_leaves_out_what_cannot_matter(tmp_path):
+    """Without MAD its settings change nothing, and without malicious clients those of the attack change nothing."""
+    of_mad = {"threshold": 0.3, "clusters": 1}
+    several = [loaded(tmp_path / "a", mad_start=None, settings=of_mad), loaded(tmp_path / "b")]
+    several.append(loaded(tmp_path / "c", malicious=0.0, mad_start=None, attack="noise", flip=0.5))
+    several.append(loaded(tmp_path / "d", attack="hug", malicious=0.4))
+    hug = "attack hug, malicious 0.4"
+    assert variants(several) == ["never (FedAvg)", "MAD from round 3", "no attack", f"MAD from round 3, {hug}"]
+    assert variants(several[1:2] + several[3:]) == ["attack label_flip, malicious 0.2", hug]
+
+
+def test_seeds_are_named_where_they_are_not_those_of_most(tmp_path):
+    starts = [(2, 0), (2, 1), (3, 0), (3, 1), (None, 1)]
+    several = [loaded(tmp_path / f"{start}-{seed}", mad_start=start, seed=seed) for start, seed in starts]
+    assert list(runs.kinds(several)) == ["MAD from round 2", "MAD from round 3", "never (FedAvg), seed 1"]
+    assert plot.title("Loss", several).endswith("4 rounds, seeds 0, 1 unless named")
+    assert list(runs.kinds(several[:4])) == ["MAD from round 2", "MAD from round 3"]
+    assert plot.title("Loss", several[:4]).endswith("4 rounds, seeds 0, 1")
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"attack": "hug", "malicious": 0.4}, "attack hug, malicious 0.4"),
+        ({"rule": "krum", "partition": "dirichlet", "concentration": 0.1}, "rule krum, partition dirichlet 0.1"),
+        ({"attack_start": 2, "settings": {"threshold": 0.3}}, "attack start 2, threshold 0.3"),
+    ],
+)
+def test_titles_name_what_all_runs_share_and_is_not_the_default(tmp_path, config, said):
+    several = [loaded(tmp_path / str(start), mad_start=start, **config) for start in (2, 3)]
+    several.append(loaded(tmp_path / "honest", mad_start=None, malicious=0.0, rule=config.get("rule", "mean")))
+    several[2].config.update({name: config[name] for name in ("partition", "concentration") if name in config})
+    assert plot.title("Loss", several) == f"Loss\nPneumoniaMNIST, 4 rounds, seed 0, {said}"
+    assert variants(several) == ["MAD from round 2", "MAD from round 3", "no attack"]
+    ax = new_ax()
+    plot.plot_loss(ax, several)
+    assert heading(ax).startswith("Mean loss")  # not Fig. 3(a)
+
+
+def test_titles_name_a_start_that_all_runs_share(tmp_path):
+    several = [loaded(tmp_path / attack, attack=attack) for attack in ("hug", "noise")]
+    assert variants(several) == ["attack hug", "attack noise"]
+    assert plot.title("Loss", several).endswith("seed 0, MAD from round 3")
+    rules = [loaded(tmp_path / rule, rule=rule, mad_start=None, malicious=0) for rule in ("krum", "median")]
+    assert plot.title("Loss", rules).endswith("seed 0, no attack, without MAD")
+
+
+def test_only_the_paper_s_figures_have_its_numbers(tmp_path):
+    paper = [loaded(tmp_path / "a"), loaded(tmp_path / "b", mad_start=None), loaded(tmp_path / "c", malicious=0.0)]
+    assert runs.numbered("a", "Mean loss", paper) == "Fig. 3(a): mean loss"
+    for number, changed in enumerate(({"data": "phantom"}, {"attack": "hug"}, {"settings": {"clusters": 1}})):
+        other = loaded(tmp_path / f"d{number}", **changed)
+        assert (
+            runs.numbered("a", "Mean loss", [other]) == runs.numbered("a", "Mean loss", [*paper, other]) == "Mean loss"
+        )
+
+
+def test_the_defaults_that_titles_leave_out_are_those_of_a_run():
+    defaults = asdict(Config())
+    assert {name: (defaults | defaults["settings"])[name] for name in runs.DEFAULTS} == runs.DEFAULTS
+
+
+# ---------------------------------------------------------------- the place for the Axes
+
+
+def share_of_axes(figure):
+    """The share of the figure's width that the Axes of a row have, without the gaps between them."""
+    rows = {}
+    for ax in figure.axes:
+        if ax.get_subplotspec():  # not the colours of a heat map
+            rows.setdefault(ax.get_subplotspec().rowspan.start, []).append(ax.get_window_extent().width)
+    return min(map(sum, rows.values())) / figure.bbox.width
+
+
+def nothing_is_cut(figure):
+    box = figure.get_tightbbox()  # in inches
+    return box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.get_figwidth() and box.y1 <= figure.get_figheight()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [1, 5, 10, 20, 30, 60, 90, 200])
+@pytest.mark.parametrize("kinds", [2, 9])
+def test_axes_keep_their_width_whatever_the_labels(tmp_path, length, kinds):
+    """Labels of runs grow with the names of their rules. Titles grow with the name of the data."""
+    several = [
+        loaded(
+            tmp_path / str(number), rule=f"{'rule ' * length}"[:length] + str(number), data=("data " * length)[:length]
+        )
+        for number in range(kinds)
+    ]
+    for run in several:
+        parts = {"composition": -0.4, "model": 0.1}
+        object.__setattr__(run, "jump", {"round": 3, "loss": parts, "accuracy": parts})
+    drawn = dict(plot.comparisons(several))
+    assert drawn.keys() == {"loss", "accuracy", "honest_accuracy", "jump"}
+    drawn["trust"] = plot.scores_figure(several[:1])
+    for name, figure in drawn.items():
+        plot.save(figure, tmp_path / name)
+        assert share_of_axes(figure) >= 0.6, name
+        assert nothing_is_cut(figure), name
+        assert min(ax.get_window_extent().height for ax in figure.axes) > 0.1 * figure.get_figwidth() * figure.dpi, name
+
+
+def test_long_legends_lie_below_the_axes_and_short_ones_beside(tmp_path):
+    for rule, below in (("a", False), ("a" * 90, True)):
+        several = [loaded(tmp_path / f"{rule}{number}", rule=f"{rule}{number}") for number in range(2)]
+        figure = dict(plot.comparisons(several))["loss"]
+        height = figure.get_figheight()
+        plot.save(figure, tmp_path / "loss")
+        (legend,), (ax,) = figure.legends, figure.axes
+        assert (legend.get_window_extent().y1 < ax.get_window_extent().y0) == below
+        assert (figure.get_figheight() > height) == below
+
+
+@pytest.mark.parametrize("attackers", [8, 40])
+def test_a_figure_of_trust_with_many_attackers_has_room(tmp_path, attackers):
+    rows = [(t, client, int(client < attackers), 1, 0.5, 0.5) for t in (1, 2) for client in range(100)]
+    figure = plot.scores_figure([loaded(tmp_path / "a", client_rows=rows)])
+    plot.save(figure, tmp_path / "trust")
+    assert share_of_axes(figure) >= 0.6 and nothing_is_cut(figure)
+    assert min(ax.get_window_extent().height for ax in figure.axes) > 100
 
 
 def test_a_long_title_is_wrapped(tmp_path):
@@ -252,8 +410,8 @@ def test_every_title_names_the_data(tmp_path, data, note, text):
         ax = new_ax()
         draw(ax, [run])
         assert heading(ax).endswith("\n" + text)
-    upper, _ = plot.scores_figure(run).axes
-    assert heading(upper) == "Reputation and trust of each client, MAD from round 3\n" + text
+    about = f"Reputation and trust of each client, MAD from round 3 {text}; excluded: attacker 2 in round 3"
+    assert plot.scores_figure([run]).get_suptitle().replace("\n", " ") == about
 
 
 def test_config_without_any_key_is_drawn(tmp_path):
@@ -269,7 +427,7 @@ def test_config_without_any_key_is_drawn(tmp_path):
 
 
 def test_scores_of_clients(tmp_path):
-    reputation, trust = plot.scores_figure(loaded(tmp_path / "a")).axes
+    reputation, trust = plot.scores_figure([loaded(tmp_path / "a")]).axes
     for ax, honest, attacker in ((reputation, 0.8, [0.5, 0.3, 0.1]), (trust, 0.85, [0.55, 0.35, 0.12])):
         drawn = lines(ax)
         strong = drawn["client 2 (attacker)"]
@@ -284,21 +442,21 @@ def test_scores_of_clients(tmp_path):
         excluded = drawn["excluded"]
         assert (list(excluded.get_xdata()), list(excluded.get_ydata())) == ([3], attacker[-1:])
         assert excluded.get_marker() == "x"
-        assert list(drawn["MAD start (round 3)"].get_xdata()) == [3, 3]
+        assert list(drawn["MAD start"].get_xdata()) == [3, 3]
     assert (reputation.get_ylabel(), trust.get_ylabel()) == ("reputation (0 to 1)", "trust (0 to 1)")
     assert trust.get_xlabel() == "round"
     assert reputation.get_shared_x_axes().joined(reputation, trust)
 
 
 def test_threshold_is_a_line_at_its_value_in_the_trust_panel_alone(tmp_path):
-    reputation, trust = plot.scores_figure(loaded(tmp_path / "a")).axes
+    reputation, trust = plot.scores_figure([loaded(tmp_path / "a")]).axes
     assert list(lines(trust)["threshold 0.15"].get_ydata()) == [0.15, 0.15]
     assert not [label for label in lines(reputation) if label.startswith("threshold")]
 
 
 @pytest.mark.parametrize(("judged", "panels"), [("reputation", [True, False]), ("d", [False, False])])
 def test_threshold_is_a_line_in_the_panel_of_what_is_judged(tmp_path, judged, panels):
-    axes = plot.scores_figure(loaded(tmp_path / "c", settings={"threshold": 0.5, "judged": judged})).axes
+    axes = plot.scores_figure([loaded(tmp_path / "c", settings={"threshold": 0.5, "judged": judged})]).axes
     assert ["threshold 0.5" in lines(panel) for panel in axes] == panels
 
 
@@ -314,7 +472,7 @@ def test_honest_client_excluded_by_mistake_is_named(tmp_path):
     rows = [row if row[:2] != (4, 1) else (4, 1, 0, 0, 0.2, 0.1) for row in CLIENT_ROWS]
     ax = new_ax()
     plot.plot_score(ax, loaded(tmp_path / "a", client_rows=rows), "trust")
-    assert list(lines(ax)["client 1 (honest, excluded)"].get_ydata()) == [0.85, 0.85, 0.85, 0.1]
+    assert list(lines(ax)["honest clients, excluded"].get_ydata()) == [0.85, 0.85, 0.85, 0.1]
     excluded = lines(ax)["excluded"]
     assert (list(excluded.get_xdata()), list(excluded.get_ydata())) == ([4, 3], [0.1, 0.12])
 
@@ -340,6 +498,32 @@ def test_attacker_that_never_got_a_score_is_no_obstacle(tmp_path):
     plot.plot_score(ax, loaded(tmp_path / "a", client_rows=rows), "trust")
     assert list(lines(ax)["honest clients"].get_ydata()) == [0.9]
     assert "excluded" not in lines(ax)
+
+
+def test_runs_that_differ_in_their_start_or_seed_share_a_figure_of_trust(tmp_path):
+    starts = [(2, 0), (2, 1), (3, 0), (None, 0), (None, 1)]
+    same = [loaded(tmp_path / f"mad{start}-s{seed}", mad_start=start, seed=seed) for start, seed in starts]
+    other = loaded(tmp_path / "t0.3", settings={"threshold": 0.3})
+    drawn = {str(name): figure for name, figure in plot.figures([*same, other], tmp_path) if "trust" in str(name)}
+    assert list(drawn) == ["trust-mad2-s0", "trust-t0.3"]
+    axes = drawn["trust-mad2-s0"].axes
+    shown = [heading(ax).strip() for ax in axes[::2]]
+    starts = ("MAD from round 2", "MAD from round 3", "never (FedAvg)")
+    assert shown == [f"{start}; excluded: attacker 2 in round 3" for start in starts]
+    assert [ax.get_ylabel() for ax in axes] == ["reputation (0 to 1)", "trust (0 to 1)"] * 3
+    assert [ax.get_xlabel() for ax in axes] == [""] * 4 + ["round"] * 2
+    assert "PneumoniaMNIST, 4 rounds, seed 0" in drawn["trust-mad2-s0"].get_suptitle()
+    plot.save(drawn["trust-mad2-s0"], tmp_path / "trust")
+    (legend,) = drawn["trust-mad2-s0"].legends
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert labels == ["honest clients", "client 2 (attacker)", "excluded", "MAD start", "threshold 0.15"]
+
+
+def test_many_starts_share_figures_of_nine(tmp_path):
+    every = [loaded(tmp_path / f"mad{start}", mad_start=start) for start in range(1, 12)]
+    assert [[run.config["mad_start"] for run in group] for group in runs.alike(every)] == [
+        [1, 2, 3, 4, 5, 6, 7, 8, 9], [10, 11],
+    ]  # fmt: skip
 
 
 # ---------------------------------------------------------------- files
@@ -373,7 +557,8 @@ def test_the_rounds_since_the_last_change_of_the_active_clients(gone, kept):
 
 def test_runs_come_in_the_order_of_their_numbers(tmp_path):
     names = ["mad5-s0", "mad5-s2", "mad5-s10", "mad20-s0", "mad100-s0", "nomad-s0"]
-    folders = [make_run(tmp_path / f"set{number}" / name) for number in (9, 10) for name in names]
+    places = [(f"set{number}", epochs, name) for number in (9, 10) for epochs, name in enumerate(names, start=1)]
+    folders = [make_run(tmp_path / place / name, epochs=epochs) for place, epochs, name in places]
     assert plot.find_runs(tmp_path) == folders
     runs = [plot.load_run(folder) for folder in reversed(folders)]
     drawn = [name for name, _ in plot.figures(runs, tmp_path) if name.name.startswith("trust")]
@@ -428,7 +613,7 @@ def test_a_long_title_is_folded_and_stays_within_the_figure(tmp_path):
 
 def test_svg_is_the_same_each_time(tmp_path):
     run = loaded(tmp_path / "a")
-    first, second = (plot.save(plot.scores_figure(run), tmp_path / name).with_suffix(".svg") for name in "xy")
+    first, second = (plot.save(plot.scores_figure([run]), tmp_path / name).with_suffix(".svg") for name in "xy")
     assert first.read_bytes() == second.read_bytes()
 
 
@@ -443,12 +628,12 @@ def test_figures_follow_the_paper_s_order(tmp_path):
 
 
 def test_legend_lies_beside_the_axes(tmp_path):
-    figure = plot.scores_figure(loaded(tmp_path / "a"))
+    figure = plot.scores_figure([loaded(tmp_path / "a")])
     plot.save(figure, tmp_path / "trust")
     (legend,) = figure.legends
     assert legend.get_window_extent().x0 > max(ax.get_window_extent().x1 for ax in figure.axes)
     assert [text.get_text() for text in legend.get_texts()] == [
-        "honest clients", "client 2 (attacker)", "excluded", "MAD start (round 3)", "threshold 0.15",
+        "honest clients", "client 2 (attacker)", "excluded", "MAD start", "threshold 0.15",
     ]  # fmt: skip
 
 
@@ -456,7 +641,7 @@ def test_fig2_names_its_panels(tmp_path):
     run = loaded(tmp_path / "a", samples=True, data="phantom", note="no network")
     figure = plot.samples_figure(run)
     assert [ax.get_title() for ax in figure.axes] == ["(a) normal", "(b) normal", "(c) pneumonia", "(d) pneumonia"]
-    assert figure.get_suptitle() == "Training images\nphantom images, PneumoniaMNIST was not available"
+    assert figure.get_suptitle() == "Fig. 2: training images\nphantom images, PneumoniaMNIST was not available"
     assert (figure.axes[0].images[0].get_array() == 200).all()
     assert figure.axes[0].images[0].get_clim() == (0, 255)
 

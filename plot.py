@@ -40,6 +40,7 @@ from harness.runs import (
     changes,
     exclusions,
     find_runs,  # noqa: F401  for notebooks, as above
+    kinds,
     load_run,  # noqa: F401
     load_runs,
     natural,
@@ -226,8 +227,7 @@ def figures(runs: Sequence[Run], folder: Path) -> Iterator[tuple[Path, Figure]]:
         else:
             for name, figure in comparisons(members):
                 yield group / name, figure
-        scored = [run for run in members if run.clients[list(SCORES)].notna().any(axis=None)]
-        for sharing in alike(scored):
+        for sharing in alike(members):
             yield group / f"trust-{sharing[0].name}", scores_figure(sharing)
 
 
@@ -253,7 +253,11 @@ def samples_figure(run: Run) -> Figure:
 
 
 def scores_figure(runs: Sequence[Run]) -> Figure:
-    """Reputation and trust of one run, one above the other, or of several runs, each with a row of its own."""
+    """Reputation and trust of one run, one above the other, or of several kinds of runs, each with a row of its own.
+
+    Of runs that differ only in their seed, the first is shown.
+    """
+    runs = [members[0] for members in kinds(runs).values()]
     subject, note = "Reputation and trust of each client", ""
     if len(runs) == 1:
         figure, axes = new_figure(rows=2, height=6)
@@ -310,14 +314,14 @@ def draw(folder: Path, out: Path, report: bool, play: bool) -> int:
     """Write the figures of a folder, and their report, or the pages that play its runs. Returns their number."""
     import matplotlib
 
-    pictures = []
+    pictures = {}
     with matplotlib.rc_context({"text.parse_math": False}):  # a $ in the name of a folder is only a $
         runs = load_runs(folder, tables=not play)
         if play:
             return pages.write_players(runs, folder, out)
         for name, figure in figures(runs, folder):
-            pictures.append(save(figure, out / name))
-            print(pictures[-1])
+            pictures[name.as_posix()] = save(figure, out / name)
+            print(pictures[name.as_posix()])
         if report and (runs or pictures):
             out.mkdir(parents=True, exist_ok=True)
             (out / "report.html").write_text(pages.report(runs, pictures, folder), encoding="utf-8")

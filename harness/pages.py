@@ -7,19 +7,34 @@ import base64
 import html
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
 from harness.console import say
 from harness.folder import plain
-from harness.runs import CURVES, SCORES, Run, by_start, exclusions, natural, read_table, steady, strategy, title
+from harness.runs import (
+    CURVES,
+    SCORES,
+    Run,
+    alike,
+    by_start,
+    exclusions,
+    kinds,
+    natural,
+    read_table,
+    steady,
+    strategy,
+    title,
+)
 
 TEMPLATES = Path(__file__).parent / "pages"
 PAGE_BYTES = 2_500_000  # of the numbers in a page that plays a run
+NUMBERS = ("rounds", "seed", *(f"mean {name.replace('_', ' ')}" for name in CURVES))  # columns of the table of runs
 STEPS = (1, 1.5, 2, 3, 4, 6, 8, 10)  # the extents of a drawing: round, and at most half as large again as needed
 
 
@@ -94,12 +109,16 @@ def frames(rounds: list[int], clients: int, excluded: Any) -> list[int]:
     return sorted(map(int, even | set(excluded)))
 
 
-def report(runs: Sequence[Run], pictures: Sequence[Path], folder: Path) -> str:
-    """The HTML page that reports the runs at or below `folder`: their table, the pictures (PNG files), all settings."""
+def report(runs: Sequence[Run], pictures: Mapping[str, Path], folder: Path) -> str:
+    """The HTML page that reports the runs at or below `folder`: their table, all pictures, and all settings.
 
-    def image(path: Path) -> str:
-        content = base64.b64encode(path.read_bytes()).decode()
-        return f'<img alt="{html.escape(path.stem)}" src="data:image/png;base64,{content}">'
+    `pictures` are PNG files by the names of their figures, as in "fig3a/loss".
+    """
+
+    def image(name: str, path: Path) -> str:
+        content, caption = base64.b64encode(path.read_bytes()).decode(), html.escape(name)
+        picture = f'<img alt="{caption}" src="data:image/png;base64,{content}">'
+        return f'<figure id="{quote(name)}"><figcaption>{caption}</figcaption>{picture}</figure>'
 
     def settings(run: Run) -> str:
         name, every = str(run.folder.relative_to(folder)), json.dumps(run.config, indent=2)
@@ -107,16 +126,18 @@ def report(runs: Sequence[Run], pictures: Sequence[Path], folder: Path) -> str:
 
     return Template((TEMPLATES / "report.html").read_text(encoding="utf-8")).substitute(
         name=html.escape(folder.resolve().name),
-        table=runs_table(runs, folder),
-        figures="\n".join(map(image, pictures)),
+        table=runs_table(runs, pictures, folder) if runs else "",
+        figures="\n".join(image(*picture) for picture in pictures.items()),
         settings="\n".join(map(settings, runs)),
     )
 
 
-def runs_table(runs: Sequence[Run], folder: Path) -> str:
-    """The runs as an HTML table: strategy, attack, exclusions, and the means of at most ten last rounds."""
-    import pandas as pd
+def runs_table(runs: Sequence[Run], pictures: Iterable[str], folder: Path) -> str:
+    """The runs as an HTML table: strategy, attack, exclusions, and the means of at most ten last rounds.
 
+    What is the same in all runs is said once, above it. Each run links to the figure of its trust, or else to the first
+    figure of its folder.
+    """
     rows = []
     for run in sorted(runs, key=lambda run: (natural(run.folder.parent), by_start(run))):
         last = steady(run.rounds, run.clients)[list(CURVES)].tail(10)
@@ -124,9 +145,50 @@ def runs_table(runs: Sequence[Run], folder: Path) -> str:
         rows.append(
             {
                 "run": str(run.folder.relative_to(folder)), "data": run.data, "strategy": strategy(run),
-                "rounds": run.length.split(" round")[0], "seed": run.config.get("seed"),
+                "rounds": run.length.split(" round")[0], "seed": str(run.config.get("seed", "")),
                 "attack": attack if run.attacked else "none", "excluded": exclusions(run),
                 "averaged rounds": f"last {len(last)}",
-            } | {f"mean {name.replace('_', ' ')}": value for name, value in last.mean().items()}
+            } | {f"mean {name.replace('_', ' ')}": decimals(value) for name, value in last.mean().items()}
         )  # fmt: skip
-    return pd.DataFrame(rows).to_html(index=False, border=0, float_format="{:.3f}".format, na_rep="")
+    facts = ("data", "strategy", "rounds", "seed", "attack", "averaged rounds")
+    same = [name for name in facts if len(runs) > 1 and len({row[name] for row in rows}) == 1]
+    shown = [name for name in rows[0] if name not in same]
+    figures = figures_of(runs, pictures, folder)
+
+    def cell(tag: str, name: str, text: str) -> str:
+        content, kind = html.escape(text), ' class="number"' * (name in NUMBERS)
+        if name == "run" and text in figures:
+            content = f'<a href="#{quote(figures[text])}">{content}</a>'
+        return f"<{tag}{kind}>{content}</{tag}>"
+
+    common = "; ".join(f"{name} {rows[0][name]}" for name in same)
+    lines = [
+        [cell("th", name, name) for name in shown],
+        *([cell("td", name, row[name]) for name in shown] for row in rows),
+    ]
+    table = "\n".join(f"<tr>{''.join(cells)}</tr>" for cells in lines)
+    return (
+        f"<p>In all runs: {html.escape(common)}.</p>" * bool(same) + f'<div class="wide"><table>{table}</table></div>'
+    )
+
+
+def decimals(value: float) -> str:
+    """Three decimals; nothing for a missing value."""
+    return "" if np.isnan(value) else f"{value:.3f}"
+
+
+def figures_of(runs: Sequence[Run], pictures: Iterable[str], folder: Path) -> dict[str, str]:
+    """By the paths of the runs below `folder`, the figures that show most of them; see `runs_table`."""
+    places: dict[Path, list[Run]] = {}
+    for run in sorted(runs, key=by_start):
+        places.setdefault(run.folder.relative_to(folder).parent, []).append(run)
+    found: dict[str, str] = {}
+    for place, members in places.items():
+        own = [name for name in pictures if Path(name).parent == place and Path(name).name != "fig2"]
+        figures = [(name, members) for name in own[:1]]
+        for group in alike(members):
+            shown = [of_kind[0] for of_kind in kinds(group).values()]
+            figures.append(((place / f"trust-{group[0].name}").as_posix(), shown))
+        for name, group in figures:
+            found |= {str(run.folder.relative_to(folder)): name for run in group if name in own}
+    return found

@@ -447,12 +447,16 @@ def exclusions(run: Run) -> str:
 
 
 def alike(runs: Sequence[Run]) -> list[list[Run]]:
-    """The runs in groups that share a figure of trust. Only MAD's start differs in a group; of each kind, one seed."""
-    groups: dict[str, list[Run]] = {}
-    for run in [members[0] for members in kinds(runs).values()]:
-        every = run.config | (run.config.get("settings") or {}) | {"mad_start": 1}
-        groups.setdefault(str(telling(every, run.data)), []).append(run)
-    return [group[at : at + MOST_LINES] for group in groups.values() for at in range(0, len(group), MOST_LINES)]
+    """The runs that have scores, in groups that share a figure of trust: they differ only in MAD's start and the seed.
+
+    A group has at most MOST_LINES kinds.
+    """
+    groups: dict[str, list[list[Run]]] = {}
+    for members in kinds([run for run in runs if run.clients[list(SCORES)].notna().any(axis=None)]).values():
+        every = members[0].config | (members[0].config.get("settings") or {}) | {"mad_start": 1}
+        groups.setdefault(str(telling(every, members[0].data)), []).append(members)
+    parts = [group[at : at + MOST_LINES] for group in groups.values() for at in range(0, len(group), MOST_LINES)]
+    return [[run for members in part for run in members] for part in parts]
 
 
 def by_start(run: Run) -> tuple:

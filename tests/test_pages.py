@@ -185,12 +185,67 @@ def test_a_report_holds_table_figures_and_settings(tmp_path, capsys):
     assert str(tmp_path / "r" / "figures" / "report.html") in printed
     for words in ("attacker 2 in round 3", "MAD from round 3", "label_flip, 0.2 of the clients", "nobody"):
         assert f"<td>{words}</td>" in page, words
-    assert "<td>last 2</td>" in page and "<td>0.150</td>" in page  # the mean of LOSS from the exclusion on
-    assert "<td>last 4</td>" in page and "<td>0.475</td>" in page  # in the other run, nobody is excluded
+    assert "<td>last 2</td>" in page and '<td class="number">0.150</td>' in page  # mean LOSS from the exclusion on
+    assert "<td>last 4</td>" in page and '<td class="number">0.475</td>' in page  # nobody is excluded
     assert "<i>" not in page and "&lt;i&gt;" in page
     assert page.count("<img ") == printed.count(".png") > 3
     assert "&quot;mad_start&quot;: 3" in page and "&quot;seed&quot;: 7" in page
-    assert not re.search(r"(src|href)=\"(?!data:)", page) and "http" not in page
+    assert not re.search(r"(src|href)=\"(?!data:|#)", page) and "http" not in page
+
+
+def reported(folder):
+    loaded = [plot.load_run(path) for path in plot.find_runs(folder)]
+    pictures = {name.as_posix(): folder / "empty" for name, _ in plot.figures(loaded, folder)}
+    (folder / "empty").write_text("")
+    return pages.report(loaded, pictures, folder)
+
+
+def test_a_run_in_a_report_links_to_its_figure(tmp_path):
+    """Of two seeds that share a figure of trust it shows the first; the second is in the curves. One has no scores."""
+    for name, options in {"x/a": {}, "x/b": {"seed": 1}, "x/c": {"mad_start": 2}, "y z/d": {"client_rows": []}}.items():
+        make_run(tmp_path / name, **options)
+    page = reported(tmp_path)
+    links = dict(reversed(link) for link in re.findall(r'<td><a href="#(.*?)">(.*?)</a>', page))
+    assert links == {"x/a": "x/trust-c", "x/b": "x/loss", "x/c": "x/trust-c", "y z/d": "y%20z/loss"}
+    assert all(f'<figure id="{link}">' in page for link in links.values())
+
+
+def test_the_table_of_a_report_says_once_what_all_runs_share(tmp_path):
+    for seed in (0, 1):
+        make_run(tmp_path / f"s{seed}", seed=seed, attack="hug")
+    page = reported(tmp_path)
+    shared = "data PneumoniaMNIST; strategy MAD from round 3; rounds 4; attack hug, 0.2 of the clients; "
+    assert f"<p>In all runs: {shared}averaged rounds last 2.</p>" in page
+    heads = ["run", "seed", "excluded", "mean loss", "mean accuracy", "mean honest accuracy"]
+    assert re.findall(r"<th.*?>(.*?)</th>", page) == heads
+    assert page.count("<p>") == 1
+    assert "In all runs" not in pages.runs_table([plot.load_run(tmp_path / "s0")], {}, tmp_path)
+
+
+@pytest.mark.slow
+@needs_browser
+def test_the_table_of_a_report_fits_the_page_and_aligns_its_numbers(tmp_path):
+    """Long names, many exclusions and 1000 rounds, in a window that is 1280 pixels wide."""
+    rows = [(t, client, 0, int(t < client), 0.5, 0.5) for t in (1, 2, 3, 4, 5, 6) for client in range(1, 7)]
+    for number in range(2):
+        name = f"mad500-malicious0.4-dirichlet-concentration0.1-geometric_median-near_copies-testbed-s{number}"
+        options = {
+            "rounds": 1000 - number,
+            "attack": f"near_copies{number}",
+            "rule": "geometric_median" * number or "mean",
+        }
+        make_run(tmp_path / name, client_rows=rows, data=f"PneumoniaMNIST{number}", seed=number, **options)
+    measure = """const page = document.querySelector("iframe").contentDocument, table = page.querySelector("table");
+    const numbers = [...page.querySelectorAll("tr")].map((row) => [...row.cells].slice(-3).map((cell) =>
+      [getComputedStyle(cell).textAlign, cell.getBoundingClientRect().right]));
+    document.title = JSON.stringify([table.rows[0].cells.length, numbers])"""
+    style = "width:1280px;height:800px;border:0"
+    frame = f'<title></title><iframe style="{style}" srcdoc="{html.escape(reported(tmp_path))}"></iframe>'
+    (tmp_path / "frame.html").write_text(f"{frame}<script>onload = () => {{ {measure} }}</script>")
+    columns, numbers = browse(tmp_path / "frame.html")
+    assert columns == 10  # all but the averaged rounds, which are the same
+    assert len(numbers) == 3 and numbers[0] == numbers[1] == numbers[2]
+    assert all(side == "right" and end <= 1280 for row in numbers for side, end in row)
 
 
 # ---------------------------------------------------------------- the phantom
@@ -217,4 +272,4 @@ def test_every_figure_and_page_of_the_phantom_says_so(tmp_path, note, said):
         assert said.rstrip(", ") in " ".join(written(figure).split()), name
         assert max(map(len, written(figure).splitlines())) <= runs.TITLE_WIDTH, name
     assert said in pages.play(plot.load_run(playable(tmp_path / "b", data="phantom", note=note)))
-    assert said.rstrip(", ") in pages.report([plot.load_run(folder)], [], tmp_path)
+    assert said.rstrip(", ") in pages.report([plot.load_run(folder)], {}, tmp_path)

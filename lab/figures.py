@@ -22,6 +22,7 @@ from harness.runs import (
     JUMP_PARTS,
     LEAKED,
     METRICS,
+    OF_ATTACKS,
     OF_MAD,
     OTHERS,
     Run,
@@ -248,14 +249,14 @@ def plot_grid(ax: Axes, table: Any, values: str, texts: Any, name: str = "") -> 
 
 def folded(labels: Iterable[str], lines: int | None = None) -> list[str]:
     """Labels in lines that leave room for the Axes. The last word of a part, such as a number, does not stand alone."""
-    tied = [re.sub(r" (?=[^ ,]+(,|$))", "\u00a0", label) for label in labels]
+    tied = [re.sub(r" (?==|[^ ,]+(,|$))", "\u00a0", label) for label in labels]
     return [textwrap.fill(label, TICK_WIDTH, max_lines=lines).replace("\u00a0", " ") for label in tied]
 
 
 def varied(table: Any, axis: str) -> str:
     """The settings in which the cells along an `axis` ("row" or "column") differ, in words."""
-    words = {"attacked": "attack", "mad_start": "MAD start", "malicious": "share of malicious clients"}
-    words |= dict.fromkeys(OF_MAD, "MAD settings")
+    words = {"attacked": "attack", "attack": "attack", "mad_start": "MAD start", "malicious": "malicious clients"}
+    words = dict.fromkeys(OF_ATTACKS, "attack settings") | dict.fromkeys(OF_MAD, "MAD settings") | words
     names = [name for _, part in table.groupby("column" if axis == "row" else "row") for name in differing(known(part))]
     return ", ".join(dict.fromkeys(words.get(name, name.replace("_", " ")) for name in names)) or "settings"
 

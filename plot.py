@@ -109,9 +109,8 @@ def plot_honest_accuracy(ax: Axes, runs: Sequence[Run]) -> None:
             light = accuracy.mean(axis=1)
             line(ax, light.index, light, color=style["color"], alpha=0.35, linewidth=0.6, zorder=1)
         band(ax, in_pieces(accuracy, members, window), **style)
-        mark_start(ax, members[0], color=style["color"])
-    if any(line.get_linestyle() == "--" for line in ax.lines):
-        ax.set_xlabel("round (dashed vertical line: MAD start)")
+        if mark_start(ax, members[0], color=style["color"]):
+            ax.set_xlabel("round (dashed vertical line: MAD start)")
 
 
 def in_pieces(values: Any, members: Sequence[Run], window: int) -> Any:
@@ -192,11 +191,12 @@ def mark_exclusions(ax: Axes, run: Run, score: str) -> None:
         )
 
 
-def mark_start(ax: Axes, run: Run, **style: Any) -> None:
-    """A dashed vertical line at the MAD start, if the run has reached it."""
+def mark_start(ax: Axes, run: Run, **style: Any) -> bool:
+    """A dashed vertical line at the MAD start, if the run has reached it. Returns whether it has."""
     start = run.config.get("mad_start")
-    if start is not None and start <= run.recorded:
+    if reached := start is not None and start <= run.recorded:
         ax.axvline(start, linestyle="--", linewidth=1, zorder=1, **style)
+    return reached
 
 
 # ---------------------------------------------------------------- the figures of a folder

@@ -41,8 +41,10 @@ OF_RUNS: dict[str, Any] = {
     "lr": 1e-3, "initial_weights": "pytorch",
 }  # fmt: skip
 OF_MAD: dict[str, Any] = {
-    "measured": "positions", "judged": "trust", "clusters": 2, "scale_floor": 2.5, "alpha": 0.5,
-    "beta_reputation": 0.75, "beta_trust": 0.85, "threshold": 0.15, "excluded": "dropped",
+    "measured": "positions", "judged": "trust", "clusters": 2, "silhouette": 0.25, "outlying": 1.25, "spread": "pairs",
+    "scale_floor": 2.5, "floored": "ungrouped", "alpha": 0.5, "beta_reputation": 0.75, "beta_trust": 0.85,
+    "threshold": 0.15, "equation2": "printed", "order": "clip-smooth", "excluded": "dropped", "decision": "same",
+    "first": "threshold", "nobody_left": "keep",
 }  # fmt: skip
 DEFAULTS = OF_ATTACKS | OF_RUNS | OF_MAD
 TITLE_WIDTH = 90  # characters per line of a title: as many as fit beside the axis of the narrowest figure
@@ -364,7 +366,7 @@ def variants(runs: Sequence[Run]) -> list[str]:
         unusual = [name for name in details if name not in DEFAULTS or found[name] != DEFAULTS[name]]
         parts += [setting_in_words(name, found[name]) for name in (unusual if parts else unusual or details)]
         texts.append(", ".join(parts) or strategy(run))
-    # Runs that still have the same text, say with two readings of MAD, get the names of their folders.
+    # Runs that still have the same text, say one with --membership, get the names of their folders.
     keys = [(text, run.config.get("seed")) for text, run in zip(texts, runs)]
     count = Counter(keys)
     return [f"{key[0]} ({run.name})" if count[key] > 1 else key[0] for key, run in zip(keys, runs)]

@@ -180,7 +180,7 @@ def test_window_is_odd_and_about_a_twentieth(tmp_path, rounds, window):
 def test_no_line_for_a_start_that_never_comes_or_has_not_come(tmp_path):
     ax = new_ax()
     plot.plot_honest_accuracy(ax, [loaded(tmp_path / "a", mad_start=None), loaded(tmp_path / "b", mad_start=5)])
-    assert vertical(ax) == []
+    assert vertical(ax) == [] and ax.get_xlabel() == "round"
 
 
 # ---------------------------------------------------------------- names
@@ -308,6 +308,7 @@ def test_only_the_paper_s_figures_have_its_numbers(tmp_path):
 def test_the_defaults_that_titles_leave_out_are_those_of_a_run():
     defaults = asdict(Config())
     assert {name: (defaults | defaults["settings"])[name] for name in runs.DEFAULTS} == runs.DEFAULTS
+    assert defaults["settings"] == runs.OF_MAD
 
 
 # ---------------------------------------------------------------- the place for the Axes

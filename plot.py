@@ -318,7 +318,7 @@ def draw(folder: Path, out: Path, report: bool, play: bool) -> int:
     with matplotlib.rc_context({"text.parse_math": False}):  # a $ in the name of a folder is only a $
         runs = load_runs(folder, tables=not play)
         if play:
-            return pages.write_players(runs, folder, out)
+            return len(pages.write_players(runs, folder, out))
         for name, figure in figures(runs, folder):
             pictures[name.as_posix()] = save(figure, out / name)
             print(pictures[name.as_posix()])

@@ -7,7 +7,8 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Collection
+import webbrowser
+from collections.abc import Collection, Iterable
 from concurrent.futures import BrokenExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, fields, replace
@@ -43,14 +44,24 @@ from harness.folder import (
     refuse_version,
 )
 from harness.jobs import refuse_unsendable, simulate_all, workers
+from harness.pages import write_players
+from harness.runs import load_run
 from lab.experiments import EXPERIMENTS, PAPER, over_leakage, tabulate, tidy
 from madsim import Config, Result, gather, simulate
 from trust import PRESETS, Settings
 
 QUICK = 60  # ours: rounds of --quick, with MAD from the middle; they take about 10 seconds on two cores
-MOST_REPORTS = 4  # ours: more runs that end at once have a table alone
+MOST_REPORTS = 4  # ours: more runs that end at once have a table alone, and their pages are not opened
 MOST_RUNS = 10_000  # ours: the largest number of seeds, and of jobs
-NOT_RESULTS = {"out", "overwrite", "jobs", "backend", "scheduler", "data_root"}  # options that do not change results
+NOT_RESULTS = {
+    "out",
+    "overwrite",
+    "jobs",
+    "backend",
+    "scheduler",
+    "data_root",
+    "play",
+}  # options that do not change results
 
 
 def make_parser() -> Parser:
@@ -60,7 +71,7 @@ def make_parser() -> Parser:
         description="Simulate federated learning under label flipping, with Model Anomaly Detection (MAD).",
         epilog="Sources of the defaults: [paper]: the paper says it; [testbed]: the authors' public code, for what the "
         "paper does not say; [ours]: our own choice. A name with a year is a publication. docs/reference.md says more. "
-        "Then `python plot.py results/` draws the results, or with --play makes one page per run that plays it.",
+        "Then `python plot.py results/` draws the results.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
@@ -74,6 +85,8 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--list", action="store_true", help="list all attacks, rules, presets and so on, and exit")
     parser.add_argument("--quick", action="store_true", help=f"a short run: {QUICK} rounds, MAD from the middle")
+    about = "write a page that plays the run when it ends, and open it where there is a display"
+    parser.add_argument("--play", action="store_true", help=about)
     several = parser.add_argument_group("several runs and their folders")
     several.add_argument("--seeds", type=int, metavar="N", help="run N seeds, starting at --seed")
     several.add_argument(
@@ -336,6 +349,8 @@ def main(argv: list[str] | None = None) -> int:
             tabulate_all(given, dataset.md5)
         else:
             report_all(planned, done)
+        if "play" in given:
+            play_all(planned)
     except (ValueError, OSError) as error:  # the error concerns a file of a run or a table
         if isinstance(error, OSError) and not error.filename:  # it concerns the output itself
             raise
@@ -379,6 +394,22 @@ def report_all(planned: dict[Path, Config], results: dict[Path, Result]) -> None
     if of_experiment and results:
         say(f"{whole(common / 'table.md')} stays as it was; the command of the experiment makes it anew")
     point_to(common, *["table.csv"] * written)
+
+
+def play_all(folders: Iterable[Path]) -> None:
+    """Write the page that plays each of the runs, where plot.py writes it. Open the pages if they are few."""
+    pages = []
+    for folder in folders:
+        if (folder / "rounds.csv").is_file():
+            pages += write_players([load_run(folder)], folder.parent, folder.parent / "figures")
+    if len(pages) <= MOST_REPORTS and has_display():
+        for page in pages:
+            webbrowser.open(page.absolute().as_uri())
+
+
+def has_display() -> bool:
+    """Whether a browser has a screen. Without one, Python may open a browser in the terminal."""
+    return sys.platform in ("darwin", "win32") or any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))
 
 
 def tabulate_all(given: dict[str, Any], md5: str) -> None:

@@ -34,13 +34,14 @@ from harness.runs import (
 
 TEMPLATES = Path(__file__).parent / "pages"
 PAGE_BYTES = 2_500_000  # of the numbers in a page that plays a run
+D_BYTES = 9  # of them, d of a client in a round takes so many, with six significant digits
 NUMBERS = ("rounds", "seed", *(f"mean {name.replace('_', ' ')}" for name in CURVES))  # columns of the table of runs
 STEPS = (1, 1.5, 2, 3, 4, 6, 8, 10)  # the extents of a drawing: round, and at most half as large again as needed
 
 
-def write_players(runs: list[Run], folder: Path, out: Path) -> int:
-    """Write a page below `out` for each run at or below `folder` that can be played. Returns their number."""
-    count = 0
+def write_players(runs: Sequence[Run], folder: Path, out: Path) -> list[Path]:
+    """Write a page below `out` for each run at or below `folder` that can be played. Returns the paths of the pages."""
+    written = []
     for run in runs:
         try:
             page = play(run)
@@ -51,27 +52,30 @@ def write_players(runs: list[Run], folder: Path, out: Path) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(page, encoding="utf-8")
         print(path)
-        count += 1
-    return count
+        written.append(path)
+    return written
 
 
 def play(run: Run) -> str:
     """The HTML page that plays the run: player.html with the numbers of the run.
 
-    A long run with many clients is shown in selected rounds, see `frames`. Raises ValueError if the run has recorded
-    nothing to play.
+    A long run with many clients is shown in selected rounds, see `frames`. The page can ask "what if" where it has d of
+    all rounds, see `distances`. Raises ValueError if the run has recorded nothing to play.
     """
     points = read_table(run.folder / "plane.csv", ["round", "client"], ["x", "y"])
-    clients = run.clients[["round", "client", "malicious", "active", *SCORES]]
+    clients = run.clients.reindex(columns=["round", "client", "malicious", "active", "d", *SCORES])
     clients = clients.merge(points, on=["round", "client"]).drop_duplicates(["round", "client"])
-    curves = run.rounds.drop_duplicates("round").set_index("round")
+    curves = run.rounds.reindex(columns=["round", *CURVES, "honest_loss"]).drop_duplicates("round").set_index("round")
     clients = clients[clients["round"].isin(curves.index)]
     if clients.empty:
         raise ValueError("there is nothing to play; madsim writes plane.csv for at most 50 clients")
-    members = sorted(clients["client"].unique())
+    rounds, members = (sorted(map(int, clients[name].unique())) for name in ("round", "client"))
     malicious = clients.groupby("client")["malicious"].max().reindex(members)
     excluded = clients[clients["active"] == 0].groupby("client")["round"].min().reindex(members)
-    shown = frames(sorted(clients["round"].unique()), len(members), excluded.dropna())
+    d = distances(clients, rounds)
+    shown = frames(
+        rounds, len(members), excluded.dropna(), PAGE_BYTES - (D_BYTES * len(clients) if d is not None else 0)
+    )
 
     def table(column: str, scale: Any) -> list[list[int | None]]:  # [rounds, clients], whole numbers
         wide = clients.pivot(index="round", columns="client", values=column).reindex(index=shown, columns=members)
@@ -83,15 +87,23 @@ def play(run: Run) -> str:
     content = {
         "title": title(strategy(run), [run]).replace("\n", ": ", 1).replace("\n", " "),
         "rounds": shown, "malicious": malicious, "excluded": excluded, "start": run.config.get("mad_start"),
-        "threshold": run.threshold("trust"),
+        "threshold": run.threshold("trust"), "settings": run.config.get("settings") or {}, "d": d,
         "reach": [float(f"{value:g}") for value in reach],
         "points": [list(zip(*xy)) for xy in zip(table("x", thousandths), table("y", thousandths))],
         "trust": table("trust", 100), "reputation": table("reputation", 100),
+        "active": ["".join("1" if value else "0" for value in row) for row in table("active", 1)],
     }  # fmt: skip
-    content |= {name: curves[name].reindex(shown).round(4) for name in CURVES}
+    content |= {name: values.reindex(shown).round(4) for name, values in curves.items()}
     run_json = json.dumps(plain(content), separators=(",", ":")).replace("<", "\\u003c")
     page = (TEMPLATES / "player.html").read_text(encoding="utf-8")
     return page.replace(">{}</script>", f">{run_json}</script>", 1)
+
+
+def distances(clients: Any, rounds: list[int]) -> Any:
+    """d as recorded [rounds, clients], NaN where a client has none. None if a round lacks it, or if it is too much."""
+    wide = clients.pivot(index="round", columns="client", values="d")
+    whole = rounds == list(range(1, len(rounds) + 1)) and wide.notna().any(axis=1).all()
+    return wide.to_numpy(float) if whole and D_BYTES * wide.size <= PAGE_BYTES / 2 else None
 
 
 def reaches(far: Any) -> Any:
@@ -102,11 +114,11 @@ def reaches(far: Any) -> Any:
     return power * np.array(STEPS)[np.searchsorted(STEPS, far / power)]
 
 
-def frames(rounds: list[int], clients: int, excluded: Any) -> list[int]:
-    """The rounds that a page shows: all, or an even choice that fits into PAGE_BYTES, with those of the `excluded`."""
-    room = max(2, PAGE_BYTES // (22 * clients + 40) - len(excluded))  # bytes per client and per round
-    even = {rounds[i] for i in np.linspace(0, len(rounds) - 1, min(room, len(rounds))).round().astype(int)}
-    return sorted(map(int, even | set(excluded)))
+def frames(rounds: list[int], clients: int, excluded: Any, room: int = PAGE_BYTES) -> list[int]:
+    """The rounds that a page shows: all, or an even choice that fits into `room` bytes, and those of the `excluded`."""
+    most = max(2, room // (23 * clients + 55) - len(excluded))  # bytes per client and per round
+    even = {rounds[i] for i in np.linspace(0, len(rounds) - 1, min(most, len(rounds))).round().astype(int)}
+    return sorted(even | set(map(int, excluded)))
 
 
 def report(runs: Sequence[Run], pictures: Mapping[str, Path], folder: Path) -> str:

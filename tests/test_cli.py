@@ -388,6 +388,44 @@ def test_a_quick_story_has_an_attack_and_an_exclusion(quick, tmp_path, capsys):
     assert [config.mad_start for config in cli.plan({"quick": True, "rounds": 1}).values()] == [1]
 
 
+SHORT = ["--rounds", "2", "--clients", "4", "--dataset", "phantom", "--jobs", "1"]
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """The addresses of the pages that would have been opened in a browser, on a machine with a display."""
+    addresses: list[str] = []
+    monkeypatch.setattr(cli.webbrowser, "open", addresses.append)
+    monkeypatch.setenv("DISPLAY", ":0")
+    return addresses
+
+
+def test_play_writes_a_page_and_opens_it(quick, tmp_path, monkeypatch, capsys, opened):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--quick", *SHORT, "--play"]) == 0
+    page = tmp_path / "results" / "figures" / "play-mad1-rounds2-clients4-phantom-s0.html"  # where plot.py writes it
+    assert capsys.readouterr().out.endswith(f"\n{page.relative_to(tmp_path)}\n") and page.is_file()
+    assert opened == [page.as_uri()]
+
+
+@pytest.mark.skipif(sys.platform in ("darwin", "win32"), reason="there is always a display")
+def test_without_a_display_the_path_of_the_page_is_only_printed(quick, tmp_path, monkeypatch, capsys, opened):
+    monkeypatch.delenv("DISPLAY")
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    assert main([*SHORT, "--out", str(tmp_path), "--play"]) == 0
+    assert "play-nomad-rounds2-clients4-phantom-s0.html" in capsys.readouterr().out and opened == []
+    assert main([*SHORT, "--out", str(tmp_path / "b")]) == 0 and not (tmp_path / "b" / "figures").exists()
+
+
+def test_pages_of_several_runs_are_written_and_few_of_them_opened(grid, tmp_path, monkeypatch, opened):
+    main([*grid, "--out", str(tmp_path), "--play"])
+    pages = sorted((tmp_path / "grid" / "figures").iterdir())
+    assert sorted(opened) == [page.as_uri() for page in pages] and len(pages) == 4
+    opened.clear()
+    monkeypatch.setattr(cli, "MOST_REPORTS", 3)
+    assert main([*grid, "--out", str(tmp_path), "--play"]) == 0 and opened == []  # also of runs of an earlier call
+
+
 @pytest.mark.slow
 def test_output_that_is_no_terminal_is_plain(tmp_path):
     words = ["--rounds", "2", "--dataset", "phantom", "--threads", "1", "--out", tmp_path]

@@ -5,7 +5,9 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pandas
@@ -14,7 +16,10 @@ from test_figures import measured, write_grid
 from test_plot import CLIENT_ROWS, HONEST_ACCURACY, LOSS, ROUND_COLUMNS, make_run, write_csv
 
 import plot
+import trust
 from harness import pages, runs
+from madsim import Config, simulate
+from trust import PRESETS
 
 # ---------------------------------------------------------------- the page that plays a run
 
@@ -37,7 +42,9 @@ def test_what_a_page_plays_by_hand(tmp_path):
     assert (shown["start"], shown["threshold"]) == (3, 0.15)
     assert shown["trust"] == [[95, 85, 55], [95, 85, 35], [95, 85, 12], [95, 85, None]]
     assert shown["reputation"][3] == [90, 80, None]
+    assert shown["active"] == ["111", "111", "110", "110"] and shown["d"] is None  # this clients.csv lacks it
     assert shown["loss"] == LOSS and shown["honest_accuracy"] == HONEST_ACCURACY
+    assert shown["honest_loss"] == [None] * 4
     x, y = np.array(shown["points"][1][2]) * shown["reach"][1] / 1000
     assert (x, y) == (pytest.approx(2, rel=0.05), pytest.approx(0.2, rel=0.05))
     assert shown["points"][3][2] == [None, None]
@@ -57,6 +64,14 @@ def test_a_long_run_is_thinned_but_for_its_exclusions():
     assert {1, 777, 12_345, 100_000} <= set(shown) and shown == sorted(set(shown))
     assert 5000 < len(shown) < 10_000
     assert pages.frames(rounds[:1000], 10, pandas.Series([500])) == rounds[:1000]
+
+
+def test_d_is_in_a_page_if_every_round_has_it_and_there_is_room(monkeypatch):
+    rows = pandas.DataFrame({"round": [1, 1, 2, 2], "client": [0, 1, 0, 1], "d": [1, 0.25, 0.123456, np.nan]})
+    assert np.array_equal(pages.distances(rows, [1, 2]), [[1, 0.25], [0.123456, np.nan]], equal_nan=True)
+    assert pages.distances(rows[:2], [2]) is None and pages.distances(rows.assign(d=np.nan), [1, 2]) is None
+    monkeypatch.setattr(pages, "PAGE_BYTES", 2 * 4 * 9 - 1)  # half of it must hold four numbers of nine bytes
+    assert pages.distances(rows, [1, 2]) is None
 
 
 @pytest.mark.slow
@@ -111,9 +126,9 @@ const seen = [], key = (name) => document.dispatchEvent(new KeyboardEvent("keydo
 const look = () => seen.push(byId("round").textContent);
 look(); key("ArrowRight"); look(); key("ArrowLeft"); look(); key("End"); look(); seen.push(byId("story").textContent);
 byId("slider").value = 2; byId("slider").dispatchEvent(new Event("input")); look();
-seen.push(byId("plane").querySelectorAll("g").length, byId("bars").querySelectorAll("rect").length);
+seen.push(byId("plane").querySelectorAll("g").length, byId("bars").querySelectorAll(".bar").length);
 key("Home"); byId("play").click(); seen.push(byId("play").textContent);
-const [one, two, three, gone, far] = apart([[99, 50], [99, 50], [104, 50], null, [200, 50]]);
+const [one, two, three, gone, far] = apart([[99, 50], [99, 50], [104, 50], null, [200, 50]], 20);
 seen.push([[one, two], [two, three], [three, one]].every(([p, q]) => Math.hypot(p[0] - q[0], p[1] - q[1]) > 19), far);
 setTimeout(() => {
   look(); seen.push(byId("play").textContent); document.title = JSON.stringify([seen, errors]);
@@ -162,6 +177,164 @@ def test_the_page_is_not_wider_than_a_phone(tmp_path, width):
     )
     (tmp_path / "frame.html").write_text(f"{frame}<script>onload = () => {{ {measure} }}</script>")
     assert browse(tmp_path / "frame.html") <= width
+
+
+# ---------------------------------------------------------------- what if
+
+
+def replayed(d, settings, mad_start):
+    """The State after each round, from trust.mad_step with the distances d [rounds, clients] instead of models."""
+    state, states = trust.initial_state(d.shape[1]), []
+    with mock.patch("trust.normalised_distance", lambda W, spread, settings: (W[:, 0], W[:, 0], 0.0)):
+        for t, row in enumerate(d, 1):
+            state = trust.mad_step(row[:, None], state, t, mad_start, settings)
+            states.append(state)
+    return states
+
+
+def scored(folder, d, settings, mad_start):
+    """A run of which the clients had these d, and its clients.csv as a frame."""
+    rounds = len(d)
+    playable(folder, rounds=rounds, mad_start=mad_start, settings=vars(settings))
+    rows = []
+    for t, state in enumerate(replayed(d, settings, mad_start), 1):
+        for c, values in enumerate(zip(state.active.astype(int), state.d, state.reputation, state.trust)):
+            rows.append((t, c, int(c < 2), *("" if np.isnan(value) else float(f"{value:.6g}") for value in values)))
+    write_csv(folder / "clients.csv", ["round", "client", "malicious", "active", "d", "reputation", "trust"], rows)
+    write_csv(folder / "rounds.csv", ROUND_COLUMNS, [(t, 0.5, 0.5, 0.5, 0) for t in range(1, rounds + 1)])
+    write_csv(folder / "plane.csv", ["round", "client", "x", "y"], [(*row[:2], row[1], 1) for row in rows])
+    return pandas.read_csv(folder / "clients.csv")
+
+
+def driven(folder, script, **options):
+    """What a script saw: it is called as a function in the page that plays the run of a folder."""
+    page = pages.play(plot.load_run(folder), **options).replace("<head>", ERRORS, 1)
+    script = f"<script>document.title = JSON.stringify([(() => {{ {script} }})(), errors]);</script></body>"
+    (folder / "driven.html").write_text(page.replace("</body>", script, 1))
+    seen, errors = browse(folder / "driven.html")
+    assert errors == []
+    return seen
+
+
+MOVE = """const move = (name, value) => {
+  const input = byId("whatif").querySelector(`[name=${name}]`);
+  input.value = value;
+  input.dispatchEvent(new Event("input", { bubbles: true }));
+};
+const text = (id) => byId(id).textContent;
+"""
+CHANGED = [
+    {"alpha": 0.3}, {"beta_reputation": 0.4, "threshold": 0.3}, {"beta_trust": 0.35, "alpha": 0.9},
+    {"threshold": 0.6, "mad_start": 3}, {"mad_start": 41, "alpha": 0.0, "beta_trust": 1.0},
+]  # fmt: skip
+ASKED = """
+const shown = run.rounds.map((_, i) => { show(i); return [...byId("bars").querySelectorAll("g")].map((column) =>
+  [column.querySelector(".number")?.textContent ?? null, column.dataset.tip]); });
+const asked = %s.map((changes) => {
+  byId("own").click();
+  for (const [name, value] of Object.entries(changes)) move(name === "mad_start" ? "start" : name, value);
+  return history.map((now) => [now.reputation, now.trust, now.active, now.d]);
+});
+return [shown, asked];
+"""
+
+
+def numbers(values):
+    return np.array(values, float)  # null is NaN
+
+
+@pytest.mark.slow
+@needs_browser
+@pytest.mark.parametrize(
+    "settings",
+    [
+        PRESETS["paper"],
+        replace(PRESETS["testbed"], threshold=0.3),
+        replace(PRESETS["paper"], judged="reputation", excluded="observed", order="smooth-clip"),
+    ],
+    ids=["paper", "testbed", "others"],
+)
+def test_a_page_computes_what_the_run_and_trust_py_compute(tmp_path, settings):
+    rng = np.random.default_rng(1)
+    d = (rng.random((40, 5)) ** [3, 2, 1, 0.7, 0.4]).round(6)
+    d[11, 2] = np.nan if settings.excluded == "observed" else d[11, 2]  # it submitted NaN, and later numbers again
+    table = scored(tmp_path / "a", d, settings, mad_start=None)
+    shown, asked = driven(tmp_path / "a", MOVE + ASKED % json.dumps(CHANGED))
+    for (t, client), row in table.set_index(["round", "client"]).iterrows():
+        number, tip = shown[t - 1][client]
+        if np.isnan(row.trust):
+            assert number is None and "trust" not in tip
+            continue
+        assert float(number) == pytest.approx(row.trust, abs=0.00501) and len(number) == 4
+        digits = re.search(r"d (\d\.\d{3}), reputation (\d\.\d{3}), trust (\d\.\d{3})", tip)
+        assert numbers(digits.groups()) == pytest.approx(row[["d", "reputation", "trust"]].to_numpy(), abs=0.000501)
+    outcomes = set()
+    for changes, found in zip(CHANGED, asked, strict=True):
+        others = {name: value for name, value in changes.items() if name != "mad_start"}
+        start = changes.get("mad_start", 41)
+        states = replayed(d, replace(settings, **others), start if start <= 40 else None)
+        for state, (reputation, trusts, active, _) in zip(states, found, strict=True):
+            assert numbers(reputation) == pytest.approx(state.reputation, abs=1e-6, nan_ok=True)
+            assert numbers(trusts) == pytest.approx(state.trust, abs=1e-6, nan_ok=True)
+            assert active == state.active.tolist()
+        outcomes.add(tuple(active))
+    assert len(outcomes) > 1  # the settings do change who is out
+
+
+@pytest.mark.slow
+@needs_browser
+def test_what_a_page_predicts_for_a_run_without_mad_is_what_the_run_with_that_start_does(tmp_path, small):
+    config = Config(rounds=8, clients=5, malicious=0.2, dataset="phantom")
+    simulate(config, tmp_path / "never", dataset=small)
+    real = simulate(replace(config, mad_start=5), dataset=small).summary
+    first = [client for client, t in real["excluded"].items() if t == 5]
+    assert first and min(real["excluded"].values()) == 5
+    script = """
+move("start", 5); show(3); const before = text("story"); show(4);
+const marked = () => ["bars", "loss"].map((id) => text(id).includes("what-if"));
+const at = [differs, text("story"), text("exact"), document.body.className, ...marked()];
+show(5);
+const after = marked();
+byId("own").click();
+return [before, ...at, ...after, differs, text("story"), document.body.className];
+"""
+    seen = driven(tmp_path / "never", MOVE + script)
+    kind = {client: "attacker" if client in real["malicious"] else "honest" for client in first}
+    named = ", ".join(f"client {client} ({kind[client]}) in round 5" for client in first)
+    assert seen[:3] == ["MAD starts in round 5", 5, f"Excluded: {named}"]
+    assert seen[3].startswith("Exact up to round 5, ") and "From round 6 on a what-if" in seen[3]
+    assert seen[4:9] == ["whatif", False, True, True, True]  # the curves are marked from where on they do not hold
+    assert seen[9:] == [None, "MAD never starts: nobody is excluded", ""]
+
+
+@pytest.mark.slow
+@needs_browser
+def test_bars_and_threshold_follow_at_once_and_a_client_without_a_record_is_marked(tmp_path):
+    d = np.array([[0.1, 0.9, 0.9]] * 8)
+    scored(tmp_path / "a", d, PRESETS["paper"], mad_start=3)
+    script = """
+const labels = () => [...byId("bars").querySelectorAll(".soft")].map((label) => label.textContent);
+const look = () => [text("story"), labels(), differs];
+show(7); const own = look(); move("threshold", 0.0); return [own, look(), text("exact")];
+"""
+    own, changed, exact = driven(tmp_path / "a", MOVE + script)
+    assert own == ["Excluded: client 0 (attacker) in round 3", ["0", "0.5", "1", "out", "0", "1", "2", "0.15"], None]
+    assert changed == ["Nobody is excluded", ["0.5", "1", "?", "0", "1", "2", "0"], 3]
+    assert exact.startswith("Exact up to round 3")
+
+
+@pytest.mark.slow
+@needs_browser
+def test_a_page_says_where_it_can_not_ask_what_if(tmp_path):
+    """The negative controls: one number of the record is changed, and the run lacks d."""
+    table = scored(tmp_path / "a", np.full((6, 3), 0.4), PRESETS["paper"], mad_start=None)
+    table.loc[table.index[7], "trust"] += 0.02
+    table.to_csv(tmp_path / "a" / "clients.csv", index=False)
+    script = "return [byId('exact').textContent, byId('own').hidden, byId('story').textContent]"
+    why, hidden, story = driven(tmp_path / "a", script)
+    assert why.endswith("computes other scores than the run in round 3.")
+    assert hidden and story == "MAD never starts: nobody is excluded"
+    assert "lack d" in driven(playable(tmp_path / "b"), script)[0]
 
 
 # ---------------------------------------------------------------- the page that reports runs

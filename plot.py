@@ -290,7 +290,10 @@ def main(argv: list[str] | None = None) -> int:
         "--report", action="store_true", help="also write report.html: one page with all figures, tables and settings"
     )
     parser.add_argument("--play", action="store_true", help="write one page per run that plays it, and no figures")
+    parser.add_argument("--hide", action="store_true", help="with --play: pages that first hide who is malicious")
     args = parser.parse_args(argv)
+    if args.hide and not args.play:
+        parser.exit(2, "plot: --hide needs --play\n")
     if args.play and args.report:
         parser.exit(2, "plot: --play writes no figures, --report needs them; use one after the other\n")
     common = os.path.commonpath([folder.absolute() for folder in args.folder if folder.is_dir()] or [Path.cwd()])
@@ -298,7 +301,7 @@ def main(argv: list[str] | None = None) -> int:
     for folder in args.folder:
         out = args.out / os.path.relpath(folder, common) if args.out else folder / "figures"
         try:
-            counts.append(draw(folder, out, args.report, args.play))
+            counts.append(draw(folder, out, args.report, args.play, args.hide))
         except BrokenPipeError:  # `| head` has read enough
             raise
         except OSError as error:
@@ -310,7 +313,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if sum(counts) else 2
 
 
-def draw(folder: Path, out: Path, report: bool, play: bool) -> int:
+def draw(folder: Path, out: Path, report: bool, play: bool, hide: bool) -> int:
     """Write the figures of a folder, and their report, or the pages that play its runs. Returns their number."""
     import matplotlib
 
@@ -318,7 +321,7 @@ def draw(folder: Path, out: Path, report: bool, play: bool) -> int:
     with matplotlib.rc_context({"text.parse_math": False}):  # a $ in the name of a folder is only a $
         runs = load_runs(folder, tables=not play)
         if play:
-            return len(pages.write_players(runs, folder, out))
+            return len(pages.write_players(runs, folder, out, hide))
         for name, figure in figures(runs, folder):
             pictures[name.as_posix()] = save(figure, out / name)
             print(pictures[name.as_posix()])

@@ -87,6 +87,8 @@ def make_parser() -> Parser:
     parser.add_argument("--quick", action="store_true", help=f"a short run: {QUICK} rounds, MAD from the middle")
     about = "write a page that plays the run when it ends, and open it where there is a display"
     parser.add_argument("--play", action="store_true", help=about)
+    about = "with --play: the page first hides who is malicious, so that students can guess"
+    parser.add_argument("--hide", action="store_true", help=about)
     several = parser.add_argument_group("several runs and their folders")
     several.add_argument("--seeds", type=int, metavar="N", help="run N seeds, starting at --seed")
     several.add_argument(
@@ -204,7 +206,7 @@ def seeds_of(given: dict[str, Any]) -> range:
 
 
 def check_execution(given: dict[str, Any]) -> None:
-    """Raise ValueError for an impossible number of seeds or processes, or for incomplete options of a cluster."""
+    """Raise ValueError for an impossible number of seeds or processes, or for options that lack their companion."""
     for name in ("seeds", "jobs"):
         if not 1 <= given.get(name, 1) <= MOST_RUNS:
             raise ValueError(f"{name} {given[name]} must be at least 1 and at most {MOST_RUNS}")
@@ -212,6 +214,8 @@ def check_execution(given: dict[str, Any]) -> None:
         raise ValueError("--backend dask and --scheduler ADDRESS need each other")
     if "scheduler" in given and "jobs" in given:
         raise ValueError("--jobs is for this machine; a Dask cluster has a fixed number of workers")
+    if "hide" in given and "play" not in given:
+        raise ValueError("--hide is for the page of --play; add --play")
 
 
 def configure(given: dict[str, Any], base: Config) -> Config:
@@ -350,7 +354,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             report_all(planned, done)
         if "play" in given:
-            play_all(planned)
+            play_all(planned, "hide" in given)
     except (ValueError, OSError) as error:  # the error concerns a file of a run or a table
         if isinstance(error, OSError) and not error.filename:  # it concerns the output itself
             raise
@@ -396,12 +400,12 @@ def report_all(planned: dict[Path, Config], results: dict[Path, Result]) -> None
     point_to(common, *["table.csv"] * written)
 
 
-def play_all(folders: Iterable[Path]) -> None:
+def play_all(folders: Iterable[Path], hide: bool) -> None:
     """Write the page that plays each of the runs, where plot.py writes it. Open the pages if they are few."""
     pages = []
     for folder in folders:
         if (folder / "rounds.csv").is_file():
-            pages += write_players([load_run(folder)], folder.parent, folder.parent / "figures")
+            pages += write_players([load_run(folder)], folder.parent, folder.parent / "figures", hide)
     if len(pages) <= MOST_REPORTS and has_display():
         for page in pages:
             webbrowser.open(page.absolute().as_uri())

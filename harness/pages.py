@@ -39,12 +39,12 @@ NUMBERS = ("rounds", "seed", *(f"mean {name.replace('_', ' ')}" for name in CURV
 STEPS = (1, 1.5, 2, 3, 4, 6, 8, 10)  # the extents of a drawing: round, and at most half as large again as needed
 
 
-def write_players(runs: Sequence[Run], folder: Path, out: Path) -> list[Path]:
+def write_players(runs: Sequence[Run], folder: Path, out: Path, hide: bool = False) -> list[Path]:
     """Write a page below `out` for each run at or below `folder` that can be played. Returns the paths of the pages."""
     written = []
     for run in runs:
         try:
-            page = play(run)
+            page = play(run, hide)
         except ValueError as error:
             say(f"{run.folder}: not played, {error}", sys.stderr)
             continue
@@ -56,11 +56,12 @@ def write_players(runs: Sequence[Run], folder: Path, out: Path) -> list[Path]:
     return written
 
 
-def play(run: Run) -> str:
+def play(run: Run, hide: bool = False) -> str:
     """The HTML page that plays the run: player.html with the numbers of the run.
 
     A long run with many clients is shown in selected rounds, see `frames`. The page can ask "what if" where it has d of
-    all rounds, see `distances`. Raises ValueError if the run has recorded nothing to play.
+    all rounds, see `distances`. With `hide` the page first hides who is malicious. Raises ValueError if the run has
+    recorded nothing to play.
     """
     points = read_table(run.folder / "plane.csv", ["round", "client"], ["x", "y"])
     clients = run.clients.reindex(columns=["round", "client", "malicious", "active", "d", *SCORES])
@@ -88,6 +89,7 @@ def play(run: Run) -> str:
         "title": title(strategy(run), [run]).replace("\n", ": ", 1).replace("\n", " "),
         "rounds": shown, "malicious": malicious, "excluded": excluded, "start": run.config.get("mad_start"),
         "threshold": run.threshold("trust"), "settings": run.config.get("settings") or {}, "d": d,
+        "attack_start": run.config.get("attack_start") or 1, "hide": hide,
         "reach": [float(f"{value:g}") for value in reach],
         "points": [list(zip(*xy)) for xy in zip(table("x", thousandths), table("y", thousandths))],
         "trust": table("trust", 100), "reputation": table("reputation", 100),

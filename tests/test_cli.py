@@ -402,10 +402,11 @@ def opened(monkeypatch):
 
 def test_play_writes_a_page_and_opens_it(quick, tmp_path, monkeypatch, capsys, opened):
     monkeypatch.chdir(tmp_path)
-    assert main(["--quick", *SHORT, "--play"]) == 0
+    assert main(["--quick", *SHORT, "--play", "--hide"]) == 0
     page = tmp_path / "results" / "figures" / "play-mad1-rounds2-clients4-phantom-s0.html"  # where plot.py writes it
-    assert capsys.readouterr().out.endswith(f"\n{page.relative_to(tmp_path)}\n") and page.is_file()
+    assert capsys.readouterr().out.endswith(f"\n{page.relative_to(tmp_path)}\n") and '"hide":true' in page.read_text()
     assert opened == [page.as_uri()]
+    assert "--hide is for the page of --play; add --play" in refusal(capsys, *SHORT, "--hide")
 
 
 @pytest.mark.skipif(sys.platform in ("darwin", "win32"), reason="there is always a display")

@@ -291,7 +291,7 @@ def test_what_a_page_predicts_for_a_run_without_mad_is_what_the_run_with_that_st
     assert first and min(real["excluded"].values()) == 5
     script = """
 move("start", 5); show(3); const before = text("story"); show(4);
-const marked = () => ["bars", "loss"].map((id) => text(id).includes("what-if"));
+const marked = () => [!byId("doubt").hidden, text("loss").includes("what-if")];
 const at = [differs, text("story"), text("exact"), document.body.className, ...marked()];
 show(5);
 const after = marked();
@@ -337,6 +337,82 @@ def test_a_page_says_where_it_can_not_ask_what_if(tmp_path):
     assert "lack d" in driven(playable(tmp_path / "b"), script)[0]
 
 
+# ---------------------------------------------------------------- guess who lies
+
+GUESS = """
+const seen = [], press = (target, key) => target.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+const look = () => seen.push({
+  marks: [...new Set([...byId("plane").querySelectorAll("g")].map((mark) =>
+    mark.firstChild.tagName + " " + getComputedStyle(mark).fill + " " + getComputedStyle(mark).opacity))].length,
+  told: document.body.innerText.match(/attacker|honest(?! clients)|trust|reputation|excluded/gi) ?? [],
+  votes: [...byId("bars").querySelectorAll(".number")].map((label) => label.textContent),
+  story: byId("story").textContent, verdict: byId("verdict").innerText, round: run.rounds[frame], last: end(),
+});
+look();
+byId("hide").hidden || byId("hide").click();
+look();
+show(1);
+byId("plane").querySelector("g[data-client='2']").dispatchEvent(new MouseEvent("click", { bubbles: true }));
+byId("bars").querySelector("g[data-client='2'] rect").dispatchEvent(new MouseEvent("click", { bubbles: true }));
+const column = byId("bars").querySelector("g[data-client='0']");
+column.focus(); press(column, "Enter");
+const focused = document.activeElement; // drawn anew, the column still has the focus
+seen.push([focused !== column, focused.getAttribute("aria-label"), focused.getAttribute("role")]);
+press(focused, " "); byId("undo").click();
+press(document, "End"); look();
+byId("reveal").click(); look();
+return seen;
+"""
+
+
+@pytest.mark.slow
+@needs_browser
+@pytest.mark.parametrize("hide", [False, True])
+def test_who_is_malicious_is_hidden_until_all_have_voted(tmp_path, hide):
+    table = scored(tmp_path / "a", np.array([[0.1, 0.9, 0.9, 0.9]] * 6), PRESETS["paper"], mad_start=4)
+    assert set(table[table["active"] == 0]["client"]) == {0} and table["malicious"].sum() == 2 * 6  # 1 is missed
+    first, hidden, focus, voted, revealed = driven(tmp_path / "a", GUESS, hide=hide)
+    assert (first["marks"] == 2 and "attacker" in first["told"]) != hide  # the negative control: without --hide
+    assert hidden["marks"] == voted["marks"] == 1 and hidden["told"] == voted["told"] == []
+    assert hidden["votes"] == ["0"] * 4 and hidden["last"] == 3  # MAD excludes in round 4: no round after it is shown
+    assert focus == [True, "vote for client 0, 1 vote", "button"]
+    assert voted["votes"] == ["1", "0", "2", "0"] and voted["round"] == 4
+    assert voted["story"] == "MAD decides in this round. Vote, then reveal"
+    assert revealed["marks"] == 3 and revealed["last"] == 5  # one of the attackers is pale
+    assert revealed["story"] == "Excluded: client 0 (attacker) in round 4"
+    assert revealed["verdict"].split("\n") == [
+        "Malicious: 0, 1.",
+        "1 of 3 votes right: client 0 (attacker) 1, first in round 2; client 2 (honest) 2, first in round 2.",
+        "MAD excluded 1 of 2 attackers.",
+    ]
+
+
+VERDICTS = """return %s.map(([malicious, excluded, start, attack]) => {
+  run.malicious = malicious; run.excluded = excluded; run.start = start; run.attack_start = attack;
+  return verdict();
+})"""
+
+
+@pytest.mark.slow
+@needs_browser
+def test_how_many_rounds_mad_needed_by_hand(tmp_path):
+    cases = [
+        [[1, 0, 1], [12, None, 10], 10, 1],
+        [[1, 0, 1], [21, None, 23], 10, 20],  # MAD had started before the attack
+        [[0, 0, 1], [None, 12, 10], 10, 1],
+        [[0, 0, 0], [None, None, None], 10, 1],
+        [[1, 0, 0], [None, None, None], None, 1],
+    ]
+    several, later, wrong, nobody, never = driven(playable(tmp_path / "a"), VERDICTS % json.dumps(cases))
+    assert (
+        "MAD needed 2 rounds: MAD and the attack were on from round 10, and all attackers were out in round 12"
+        in several
+    )
+    assert "MAD needed 3 rounds: MAD and the attack were on from round 20" in later
+    assert "MAD needed 0 rounds" in wrong and "Excluded by mistake: 1." in wrong
+    assert nobody == "Nobody is malicious.\nNobody voted." and never.endswith("MAD never started.")
+
+
 # ---------------------------------------------------------------- the page that reports runs
 
 
@@ -345,6 +421,9 @@ def test_pages_that_play_and_a_report_are_asked_for_one_after_the_other(tmp_path
     with pytest.raises(SystemExit) as stop:
         plot.main([str(tmp_path), "--play", "--report"])
     assert stop.value.code == 2 and "use one after the other\n" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        plot.main([str(tmp_path), "--hide"])
+    assert stop.value.code == 2 and capsys.readouterr().err == "plot: --hide needs --play\n"
     assert not (tmp_path / "figures").exists()
 
 

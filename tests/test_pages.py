@@ -144,10 +144,10 @@ console.error = console.warn = (...words) => errors.push(words.join(" "));
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
 
 
-def browse(page: Path):
+def browse(page: Path, *flags: str):
     """Open the page, wait for some seconds, and return the JSON in its title."""
     words = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=10000", "--dump-dom"]
-    done = subprocess.run([*words, page.as_uri()], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*words, *flags, page.as_uri()], capture_output=True, text=True, timeout=60)
     return json.loads(re.search("<title>(.*?)</title>", done.stdout)[1])
 
 
@@ -164,19 +164,6 @@ def test_the_page_plays_in_a_browser(tmp_path):
     assert seen[5:8] == ["Round 3 of 4", 3, 3]  # the slider was moved; there are three models and three bars
     assert seen[8] == "Pause" and seen[9:11] == [True, [200, 50]]  # no mark hides another; a free mark stays
     assert seen[11:] == ["Round 4 of 4", "Play"]  # it plays to the end and stops
-
-
-@pytest.mark.slow
-@needs_browser
-@pytest.mark.parametrize("width", [360, 1280])
-def test_the_page_is_not_wider_than_a_phone(tmp_path, width):
-    page = pages.play(plot.load_run(playable(tmp_path / "a")))
-    measure = "document.title = JSON.stringify(document.querySelector('iframe').contentDocument.body.scrollWidth)"
-    frame = (
-        f'<title></title><iframe style="width:{width}px;height:800px;border:0" srcdoc="{html.escape(page)}"></iframe>'
-    )
-    (tmp_path / "frame.html").write_text(f"{frame}<script>onload = () => {{ {measure} }}</script>")
-    assert browse(tmp_path / "frame.html") <= width
 
 
 # ---------------------------------------------------------------- what if
@@ -206,12 +193,19 @@ def scored(folder, d, settings, mad_start):
     return pandas.read_csv(folder / "clients.csv")
 
 
-def driven(folder, script, **options):
-    """What a script saw: it is called as a function in the page that plays the run of a folder."""
+def driven(folder, script, *flags, size=None, **options):
+    """What a script saw: it is called as a function in the page that plays the run of a folder.
+
+    `size` is that of the window, in pixels. `flags` are Chromium's.
+    """
     page = pages.play(plot.load_run(folder), **options).replace("<head>", ERRORS, 1)
-    script = f"<script>document.title = JSON.stringify([(() => {{ {script} }})(), errors]);</script></body>"
-    (folder / "driven.html").write_text(page.replace("</body>", script, 1))
-    seen, errors = browse(folder / "driven.html")
+    script = f"<script>top.document.title = JSON.stringify([(() => {{ {script} }})(), errors]);</script></body>"
+    page = page.replace("</body>", script, 1)
+    if size:  # Chromium's own window has a frame
+        style = "width:{}px;height:{}px;border:0".format(*size)
+        page = f'<title></title><iframe style="{style}" srcdoc="{html.escape(page)}"></iframe>'
+    (folder / "driven.html").write_text(page)
+    seen, errors = browse(folder / "driven.html", *flags)
     assert errors == []
     return seen
 
@@ -229,7 +223,7 @@ CHANGED = [
 ]  # fmt: skip
 ASKED = """
 const shown = run.rounds.map((_, i) => { show(i); return [...byId("bars").querySelectorAll("g")].map((column) =>
-  [column.querySelector(".number")?.textContent ?? null, column.dataset.tip]); });
+  [column.querySelector(".number")?.textContent ?? null, column.lastChild.dataset.tip]); });
 const asked = %s.map((changes) => {
   byId("own").click();
   for (const [name, value] of Object.entries(changes)) move(name === "mad_start" ? "start" : name, value);
@@ -288,10 +282,10 @@ def test_what_a_page_predicts_for_a_run_without_mad_is_what_the_run_with_that_st
     simulate(config, tmp_path / "never", dataset=small)
     real = simulate(replace(config, mad_start=5), dataset=small).summary
     first = [client for client, t in real["excluded"].items() if t == 5]
-    assert first and min(real["excluded"].values()) == 5
+    assert len(first) == 1 and min(real["excluded"].values()) == 5
     script = """
 move("start", 5); show(3); const before = text("story"); show(4);
-const marked = () => [!byId("doubt").hidden, text("loss").includes("what-if")];
+const marked = () => [...document.querySelectorAll("em")].map((doubt) => !doubt.hidden);
 const at = [differs, text("story"), text("exact"), document.body.className, ...marked()];
 show(5);
 const after = marked();
@@ -299,12 +293,11 @@ byId("own").click();
 return [before, ...at, ...after, differs, text("story"), document.body.className];
 """
     seen = driven(tmp_path / "never", MOVE + script)
-    kind = {client: "attacker" if client in real["malicious"] else "honest" for client in first}
-    named = ", ".join(f"client {client} ({kind[client]}) in round 5" for client in first)
-    assert seen[:3] == ["MAD starts in round 5", 5, f"Excluded: {named}"]
+    kind = {True: "attacker", False: "honest"}[first[0] in real["malicious"]]
+    assert seen[:3] == ["MAD starts in round 5", 5, f"Excluded: client {first[0]} ({kind}) in round 5"]
     assert seen[3].startswith("Exact up to round 5, ") and "From round 6 on a what-if" in seen[3]
-    assert seen[4:9] == ["whatif", False, True, True, True]  # the curves are marked from where on they do not hold
-    assert seen[9:] == [None, "MAD never starts: nobody is excluded", ""]
+    assert seen[4:11] == ["whatif", False, True, True, True, True, True]  # the curves are shaded from round 5 on
+    assert seen[11:] == [None, "MAD never starts: nobody is excluded", ""]
 
 
 @pytest.mark.slow
@@ -321,6 +314,20 @@ show(7); const own = look(); move("threshold", 0.0); return [own, look(), text("
     assert own == ["Excluded: client 0 (attacker) in round 3", ["0", "0.5", "1", "out", "0", "1", "2", "0.15"], None]
     assert changed == ["Nobody is excluded", ["0.5", "1", "?", "0", "1", "2", "0"], 3]
     assert exact.startswith("Exact up to round 3")
+
+
+@pytest.mark.slow
+@needs_browser
+def test_the_excluded_are_told_together(tmp_path):
+    d = np.array([[0.1, 0.1, 0.9, 0.9, 0.2, 0.9, 0.2, 0.9]] * 3 + [[0.9, 0.9, 0.0, 0.9, 0.9, 0.9, 0.9, 0.9]] * 5)
+    table = scored(tmp_path / "a", d, PRESETS["paper"], mad_start=3)
+    out = {int(client): int(rows["round"].min()) for client, rows in table[table["active"] == 0].groupby("client")}
+    assert out == {0: 3, 1: 3, 4: 3, 6: 3, 2: out[2]} and out[2] > 3
+    story = driven(tmp_path / "a", "show(7); return byId('story').textContent")
+    groups = (
+        f"clients 0, 1 (attackers) in round 3; clients 4, 6 (honest) in round 3; client 2 (honest) in round {out[2]}"
+    )
+    assert story == f"Excluded: {groups}"
 
 
 @pytest.mark.slow
@@ -353,8 +360,8 @@ byId("hide").hidden || byId("hide").click();
 look();
 show(1);
 byId("plane").querySelector("g[data-client='2']").dispatchEvent(new MouseEvent("click", { bubbles: true }));
-byId("bars").querySelector("g[data-client='2'] rect").dispatchEvent(new MouseEvent("click", { bubbles: true }));
-const column = byId("bars").querySelector("g[data-client='0']");
+byId("bars").querySelector("[data-client='2']").dispatchEvent(new MouseEvent("click", { bubbles: true }));
+const column = byId("bars").querySelector("[data-client='0']");
 column.focus(); press(column, "Enter");
 const focused = document.activeElement; // drawn anew, the column still has the focus
 seen.push([focused !== column, focused.getAttribute("aria-label"), focused.getAttribute("role")]);
@@ -411,6 +418,147 @@ def test_how_many_rounds_mad_needed_by_hand(tmp_path):
     assert "MAD needed 3 rounds: MAD and the attack were on from round 20" in later
     assert "MAD needed 0 rounds" in wrong and "Excluded by mistake: 1." in wrong
     assert nobody == "Nobody is malicious.\nNobody voted." and never.endswith("MAD never started.")
+
+
+# ---------------------------------------------------------------- legible
+
+STATES = [
+    "",
+    "ask({ start: 3, threshold: 0.5 });",
+    "guess(true); vote(2);",
+    "guess(true); vote(2); vote(9); guess(false);",
+]
+MEASURED = """
+const texts = [...document.querySelectorAll("body *")].filter((element) => element.checkVisibility() &&
+  [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim()));
+const inside = (box) => box.left >= 0 && box.top >= 0 && box.right <= innerWidth + 1 && box.bottom <= innerHeight + 1;
+const root = document.documentElement, aside = document.querySelector("aside");
+return {
+  smallest: Math.min(...texts.map((element) => parseFloat(getComputedStyle(element).fontSize))) / innerHeight,
+  cut: texts.filter((element) => !inside(element.getBoundingClientRect())).map((element) => element.textContent),
+  scrolls: [root.scrollWidth > innerWidth, root.scrollHeight > innerHeight, aside.scrollHeight > aside.clientHeight],
+  filled: document.querySelector("footer").getBoundingClientRect().bottom / innerHeight,
+  drawn: [...document.querySelectorAll("main svg")].reduce((sum, svg) => sum + svg.clientWidth * svg.clientHeight, 0)
+    / (innerWidth * innerHeight),
+  texts: texts.length,
+};
+"""
+
+
+def of_ten(folder):
+    """A run of ten clients, of which two are excluded in round 4."""
+    scored(folder, np.array([[0.1, 0.15] + [0.9] * 8] * 8), PRESETS["paper"], mad_start=4)
+    return folder
+
+
+@pytest.mark.slow
+@needs_browser
+@pytest.mark.parametrize("state", STATES, ids=["run", "what-if", "hidden", "revealed"])
+@pytest.mark.parametrize("size", [(1920, 1080), (1280, 720)], ids=str)
+def test_a_page_fills_a_screen_and_can_be_read_from_afar(tmp_path, size, state):
+    seen = driven(of_ten(tmp_path / "a"), f"show(6); {state} show(6); {MEASURED}", size=size)
+    assert seen["smallest"] >= 0.016 and seen["texts"] > 50
+    assert seen["cut"] == [] and seen["scrolls"] == [False] * 3
+    assert 0.97 < seen["filled"] <= 1 and seen["drawn"] > 0.45
+
+
+@pytest.mark.slow
+@needs_browser
+@pytest.mark.parametrize("size", [(360, 640), (390, 844), (800, 1280), (1280, 400)], ids=str)
+def test_a_page_is_never_wider_than_its_window(tmp_path, size):
+    seen = driven(of_ten(tmp_path / "a"), f"ask({{ start: 3 }}); show(6); {MEASURED}", size=size)
+    assert seen["scrolls"][0] is False and seen["drawn"] > 0.3
+
+
+@pytest.mark.slow
+@needs_browser
+def test_honest_clients_are_no_heap_beside_far_attackers(tmp_path):
+    angles = np.arange(10) * np.pi / 4
+    places = [(1.5, 0.1), (1.5, -0.1), *np.transpose([0.1 * np.cos(angles), 0.1 * np.sin(angles)])[2:]]
+    folder = of_ten(tmp_path / "a")
+    write_csv(folder / "plane.csv", ["round", "client", "x", "y"], [(1, c, *xy) for c, xy in enumerate(places)])
+    script = """
+const svg = byId("plane"), box = svg.getBoundingClientRect();
+return [...svg.querySelectorAll("g")].map((mark) => mark.getAttribute("transform").match(/[\\d.]+/g).map(Number))
+  .map(([x, y]) => [x / box.width, y / box.height]);
+"""
+    marks = np.array(driven(folder, script, size=(1280, 720)))
+    assert marks.shape == (10, 2) and ((marks > 0) & (marks < 1)).all()
+    assert (np.ptp(marks[2:], axis=0) > 0.35).all()  # of the width and the height; in proportion it would be 0.07
+    assert marks[:2, 0].min() > marks[2:, 0].max()
+
+
+@pytest.mark.slow
+@needs_browser
+def test_a_page_can_be_used_without_a_mouse_and_shows_numbers_with_one(tmp_path):
+    script = """
+const press = (key, target = document.body) => {
+  const event = new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true });
+  target.dispatchEvent(event);
+  return [frame, event.defaultPrevented];
+};
+const knob = byId("whatif").querySelector("input"), slider = byId("slider");
+const seen = [press("End"), press("ArrowLeft"), press("ArrowRight", slider)];
+seen.push(press("ArrowLeft", knob), press("ArrowLeft"), press(" ", byId("hide"))); // a control keeps its own keys
+seen.push(press(" ", knob)[1], timer !== null); play(false);
+ask({ threshold: 0.9 }); press("o"); seen.push(settings === own);
+press("h"); seen.push(hidden); press("r"); seen.push(hidden);
+const point = (target, x) => {
+  target.dispatchEvent(new PointerEvent("pointermove", { clientX: x, clientY: 1, bubbles: true }));
+  return byId("tip").hidden ? null : byId("tip").textContent;
+};
+show(7);
+const box = byId("loss").getBoundingClientRect();
+seen.push(point(byId("plane").querySelector("[data-client='1'] circle, [data-client='2'] circle"), 1));
+seen.push(point(byId("loss"), box.right), point(byId("title"), 1));
+const name = (control) => control.ariaLabel ?? (control.labels[0] ?? control).textContent;
+const named = [...document.querySelectorAll("button, input")].every((control) => name(control).trim());
+return [seen, named, document.querySelector("footer").innerText];
+"""
+    folder = of_ten(tmp_path / "a")
+    seen, named, footer = driven(folder, script)
+    assert seen[:6] == [[7, True], [6, True], [7, True], [7, False], [6, True], [6, False]]
+    assert seen[6:11] == [True, True, True, True, False]
+    assert re.fullmatch(r"client 2 \(honest\), d 0\.900, reputation \d\.\d{3}, trust \d\.\d{3}", seen[11])
+    assert seen[12:] == ["round 8: honest clients not recorded, participants 0.500", None]
+    assert named and all(hint in footer for hint in ("space plays or pauses", "Home, End", "h: hide"))
+
+
+def contrast(one, other):
+    """The contrast of two colours "rgb(0, 0, 0)", 1 to 21, as WCAG 2.2 defines it."""
+
+    def luminance(colour):
+        parts = np.array(re.findall(r"[\d.]+", colour)[:3], float) / 255
+        return np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722]
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_contrast_by_hand():
+    assert contrast("rgb(0, 0, 0)", "rgb(255, 255, 255)") == pytest.approx(21)
+    assert contrast("rgb(119, 119, 119)", "rgb(255, 255, 255)") == pytest.approx(4.478, abs=1e-3)  # known from tables
+
+
+@pytest.mark.slow
+@needs_browser
+def test_a_page_respects_dark_mode_and_calm(tmp_path):
+    script = """
+const colours = {};
+for (const name of ["paper", "ink", "soft", "honest", "attacker"]) {
+  document.body.style.outlineColor = `var(--${name})`;
+  colours[name] = getComputedStyle(document.body).outlineColor;
+}
+let pause; window.setInterval = (_, milliseconds) => { pause = milliseconds; }; play(true);
+return [colours, pause];
+"""
+    folder = of_ten(tmp_path / "a")
+    light, pause = driven(folder, script)
+    dark, calm = driven(folder, script, "--force-dark-mode", "--force-prefers-reduced-motion")
+    assert light["paper"] == "rgb(255, 255, 255)" and dark["paper"] == "rgb(22, 24, 28)"
+    for colours in (light, dark):  # numbers in marks have the colour of the paper
+        assert all(contrast(colours["paper"], colours[name]) > 4.5 for name in colours if name != "paper")
+    assert (pause, calm) == (250, 1000)
 
 
 # ---------------------------------------------------------------- the page that reports runs

@@ -333,7 +333,7 @@ def test_the_excluded_are_told_together(tmp_path):
 @pytest.mark.slow
 @needs_browser
 def test_a_page_says_where_it_can_not_ask_what_if(tmp_path):
-    """The negative controls: one number of the record is changed, and the run lacks d."""
+    """The negative controls: one number of the record is changed; the run lacks d, or a setting."""
     table = scored(tmp_path / "a", np.full((6, 3), 0.4), PRESETS["paper"], mad_start=None)
     table.loc[table.index[7], "trust"] += 0.02
     table.to_csv(tmp_path / "a" / "clients.csv", index=False)
@@ -342,6 +342,11 @@ def test_a_page_says_where_it_can_not_ask_what_if(tmp_path):
     assert why.endswith("computes other scores than the run in round 3.")
     assert hidden and story == "MAD never starts: nobody is excluded"
     assert "lack d" in driven(playable(tmp_path / "b"), script)[0]
+    scored(tmp_path / "c", np.full((6, 3), 0.4), PRESETS["paper"], mad_start=None)
+    config = json.loads((tmp_path / "c" / "config.json").read_text())
+    del config["settings"]["threshold"]
+    (tmp_path / "c" / "config.json").write_text(json.dumps(config))
+    assert "or a setting" in driven(tmp_path / "c", script)[0]
 
 
 # ---------------------------------------------------------------- guess who lies
@@ -411,11 +416,8 @@ def test_how_many_rounds_mad_needed_by_hand(tmp_path):
         [[1, 0, 0], [None, None, None], None, 1],
     ]
     several, later, wrong, nobody, never = driven(playable(tmp_path / "a"), VERDICTS % json.dumps(cases))
-    assert (
-        "MAD needed 2 rounds: MAD and the attack were on from round 10, and all attackers were out in round 12"
-        in several
-    )
-    assert "MAD needed 3 rounds: MAD and the attack were on from round 20" in later
+    assert "MAD needed 2 rounds: it and the attack were on from round 10, all attackers were out in round 12" in several
+    assert "MAD needed 3 rounds: it and the attack were on from round 20" in later
     assert "MAD needed 0 rounds" in wrong and "Excluded by mistake: 1." in wrong
     assert nobody == "Nobody is malicious.\nNobody voted." and never.endswith("MAD never started.")
 

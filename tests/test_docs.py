@@ -23,6 +23,7 @@ from lab.attacks import ATTACKS
 from lab.experiments import EXPERIMENTS, OUTCOME
 from lab.partitions import PARTITIONS
 from lab.rules import RULES
+from madsim import Config, simulate
 from trust import PRESETS, Settings
 
 HERE = Path(__file__).resolve().parents[1]
@@ -30,7 +31,7 @@ PAGES = {
     str(path.relative_to(HERE)): path.read_text()
     for path in (HERE / "README.md", HERE / "CONTRIBUTING.md", *sorted((HERE / "docs").glob("*.md")))
 }
-README, LESSON = PAGES["README.md"], PAGES["docs/lesson.md"]
+README, LESSON, SOLUTIONS = (PAGES[name] for name in ("README.md", "docs/lesson.md", "docs/solutions.md"))
 ROUNDS = 4
 
 
@@ -295,8 +296,8 @@ def test_the_worked_example_of_the_lesson():
 
 
 def test_the_lessons_commands_are_understood():
-    lines = [line for block in blocks("sh", LESSON) for line in block.splitlines()]
-    assert len(lines) > 8
+    lines = [line for page in (LESSON, SOLUTIONS) for block in blocks("sh", page) for line in block.splitlines()]
+    assert len(lines) > 12
     for line in lines:
         program, *words = shlex.split(line)[1:]
         if program == "madsim.py":
@@ -304,6 +305,16 @@ def test_the_lessons_commands_are_understood():
             assert cli.plan(given), line
         else:
             assert program == "plot.py" and words[0] in ("results/", "waiting/", "sent/"), line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("changed", "excluded"), [({}, 20), ({"beta_trust": 0.1}, 24), ({"threshold": 0.0}, None)])
+def test_the_late_liars_of_the_lesson(real, changed, excluded):
+    """Part 5 of the lesson, and the solution of exercise 6."""
+    settings = replace(PRESETS["paper"], **changed)
+    result = simulate(Config(rounds=26, attack_start=20, mad_start=10, settings=settings), dataset=real)
+    liars = result.summary["malicious"]
+    assert result.summary["excluded"] == (dict.fromkeys(liars, excluded) if excluded else {})
 
 
 @pytest.mark.slow

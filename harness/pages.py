@@ -87,6 +87,7 @@ def play(run: Run, hide: bool = False) -> str:
     thousandths = 1000 / reach.to_numpy()[:, None]
     content = {
         "title": title(strategy(run), [run]).replace("\n", ": ", 1).replace("\n", " "),
+        "data": f"{run.data}, {run.length}",
         "rounds": shown, "malicious": malicious, "excluded": excluded, "start": run.config.get("mad_start"),
         "threshold": run.threshold("trust"), "settings": run.config.get("settings") or {}, "d": d,
         "attack_start": run.config.get("attack_start") or 1, "hide": hide,

@@ -359,6 +359,7 @@ const look = () => seen.push({
   told: document.body.innerText.match(/attacker|honest(?! clients)|trust|reputation|excluded/gi) ?? [],
   votes: [...byId("bars").querySelectorAll(".number")].map((label) => label.textContent),
   story: byId("story").textContent, verdict: byId("verdict").innerText, round: run.rounds[frame], last: end(),
+  title: byId("title").textContent,
 });
 look();
 byId("hide").hidden || byId("hide").click();
@@ -390,6 +391,8 @@ def test_who_is_malicious_is_hidden_until_all_have_voted(tmp_path, hide):
     assert focus == [True, "vote for client 0, 1 vote", "button"]
     assert voted["votes"] == ["1", "0", "2", "0"] and voted["round"] == 4
     assert voted["story"] == "MAD decides in this round. Vote, then reveal"
+    assert voted["title"] == "PneumoniaMNIST, 6 rounds"  # nothing of an attack, or of MAD
+    assert revealed["title"] == "MAD from round 4: PneumoniaMNIST, 6 rounds, seed 0"
     assert revealed["marks"] == 3 and revealed["last"] == 5  # one of the attackers is pale
     assert revealed["story"] == "Excluded: client 0 (attacker) in round 4"
     assert revealed["verdict"].split("\n") == [

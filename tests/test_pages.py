@@ -166,6 +166,47 @@ def test_the_page_plays_in_a_browser(tmp_path):
     assert seen[11:] == ["Round 4 of 4", "Play"]  # it plays to the end and stops
 
 
+# ---------------------------------------------------------------- pages without an installation
+
+DEMO = Path(__file__).resolve().parents[1] / "docs" / "demo"
+PLAYED = ["honest", "main", "turned"]
+# The browser refuses to load anything from outside of the page, and tells what it refused.
+ALONE = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+ALONE = f"""<meta http-equiv="Content-Security-Policy" content="{ALONE}"><script>
+addEventListener("securitypolicyviolation", (event) => errors.push(event.violatedDirective));
+addEventListener("load", () => setTimeout(() => document.title = JSON.stringify(errors), 500));
+</script>"""
+
+
+def test_the_pages_without_an_installation_are_there_and_small():
+    """They hold what their names say, and the page is that of the template: after a change, make.py makes them anew."""
+    assert sorted(path.stem for path in DEMO.glob("*.html")) == sorted([*PLAYED, "report"])
+    assert sum(path.stat().st_size for path in DEMO.iterdir()) < 3_000_000
+    template = (pages.TEMPLATES / "player.html").read_text()
+    shown = {}
+    for name in PLAYED:
+        page = (DEMO / f"{name}.html").read_text()
+        assert re.sub(r'(id="run">).*?(</script>)', r"\1{}\2", page, count=1) == template, name
+        shown[name] = content(page)
+        assert shown[name]["title"].count("PneumoniaMNIST") == 1
+    out = {name: {c for c, t in enumerate(run["excluded"]) if t} for name, run in shown.items()}
+    liars = {name: {c for c, lies in enumerate(run["malicious"]) if lies} for name, run in shown.items()}
+    assert len(shown["main"]["rounds"]) == 1000 and out["main"] == liars["main"] and len(liars["main"]) == 2
+    assert not liars["honest"] and not out["honest"]
+    assert len(liars["turned"]) == 4 and out["turned"] == set(range(10)) - liars["turned"]
+
+
+@pytest.mark.slow
+@needs_browser
+@pytest.mark.parametrize("name", [*PLAYED, "report"])
+def test_the_pages_without_an_installation_load_nothing_and_have_no_error(tmp_path, name):
+    page = (DEMO / f"{name}.html").read_text().replace("<head>", ERRORS + ALONE, 1)
+    (tmp_path / "page.html").write_text(page)
+    assert browse(tmp_path / "page.html") == []
+    (tmp_path / "page.html").write_text(page.replace("</body>", '<img src="absent.png"></body>', 1))
+    assert browse(tmp_path / "page.html") == ["img-src"]  # the negative control
+
+
 # ---------------------------------------------------------------- what if
 
 

@@ -53,15 +53,8 @@ from trust import PRESETS, Settings
 QUICK = 60  # ours: rounds of --quick, with MAD from the middle; they take about 10 seconds on two cores
 MOST_REPORTS = 4  # ours: more runs that end at once have a table alone, and their pages are not opened
 MOST_RUNS = 10_000  # ours: the largest number of seeds, and of jobs
-NOT_RESULTS = {
-    "out",
-    "overwrite",
-    "jobs",
-    "backend",
-    "scheduler",
-    "data_root",
-    "play",
-}  # options that do not change results
+# Options that do not change results.
+NOT_RESULTS = {"out", "overwrite", "jobs", "backend", "scheduler", "data_root", "play", "hide"}
 
 
 def make_parser() -> Parser:

@@ -172,8 +172,11 @@ def test_links_and_the_tests_that_are_named_are_there(page):
         assert f"def {name}(" in tests, name
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/replication.md", "docs/threats.md"])
-def test_the_numbers_of_the_pages_are_those_of_the_tables(page):
+@pytest.mark.parametrize(
+    ("page", "least"),
+    [("README.md", 16), ("docs/replication.md", 100), ("docs/threats.md", 16), ("docs/solutions.md", 6)],
+)
+def test_the_numbers_of_the_pages_are_those_of_the_tables(page, least):
     """Every "mean ± deviation" is that of a cell and a column of a table; every interval is right."""
     known = set()
     results = HERE / "docs" / "results"
@@ -186,7 +189,7 @@ def test_the_numbers_of_the_pages_are_those_of_the_tables(page):
             for mean, deviation in zip(means[name], deviations[name]):
                 known |= {f"{abs(mean):.{digits}f} ± {deviation:.{digits}f}" for digits in (1, 2, 3, 4)}
     quoted = re.findall(r"[\d.]+ ± [\d.]*\d", PAGES[page])
-    assert len(quoted) > 15 and [text for text in quoted if text not in known] == []
+    assert len(quoted) >= least and [text for text in quoted if text not in known] == []
     counts = re.findall(r"((\d+) of (\d+)(?: runs)? \([^)]*%\))", PAGES[page])
     right = [text.replace(" runs", "") == counted(int(count), int(of)) for text, count, of in counts]
     assert right and all(right)

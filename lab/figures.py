@@ -33,6 +33,7 @@ from harness.runs import (
     seeds_in_words,
     shared,
     span,
+    strategy,
     telling,
     title,
     titled,
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHOWN = 10  # ours: reconstructed images that fit beside each other
+AROUND = 8  # ours: rounds before and after a fall of trust
+MOVED = {"d": "d: 1 is near, 0 is far", "reputation": "reputation, eqs. (1)-(4)", "trust": "trust, eqs. (5)-(7)"}
 GUESSES = {"nearest": "guess: nearest other image", "mean": "guess: mean of other images"}
 
 
@@ -209,9 +212,46 @@ def inversion_figure(runs: Sequence[Run]) -> Figure | None:
     return figure
 
 
+def fall_of(run: Run) -> tuple[int, int] | None:
+    """The first client whose trust falls below the threshold, and the round in which it does. None if none falls."""
+    threshold, scored = run.threshold("trust"), run.clients.dropna(subset=["trust"])
+    if threshold is None or "d" not in scored:
+        return None
+    fallen = scored[(scored["trust"] < threshold) & (scored.groupby("client")["trust"].shift() >= threshold)]
+    if fallen.empty:
+        return None
+    first = fallen.loc[fallen["round"].idxmin()]
+    return int(first["client"]), int(first["round"])
+
+
+def fall_figure(runs: Sequence[Run]) -> Figure | None:
+    """d, reputation and trust of the first client whose trust falls, in the rounds around its fall.
+
+    The first of the runs in which a trusted client falls is drawn. A client that is never trusted does not fall.
+    """
+    for run in runs:
+        if fall := fall_of(run):
+            break
+    else:
+        return None
+    client, t = fall
+    near = run.clients["round"].between(t - AROUND, t + AROUND)
+    history = run.clients[near & (run.clients["client"] == client)].dropna(subset=["trust"])
+    figure, ax = new_figure()
+    prepare(ax, "", "d, reputation and trust (0 to 1)")
+    for colour, style, (name, label) in zip(COLOURS, LINES, MOVED.items()):
+        line(ax, history["round"], history[name], label=label, color=colour, linestyle=style, marker=".")
+    ax.axhline(run.threshold("trust"), color="black", linestyle=":", label="threshold of trust")
+    kind = "malicious" if history["malicious"].any() else "honest"
+    about = title(f"Client {client} ({kind}) loses its trust in round {t}, {strategy(run)}", [run])
+    figure.suptitle(about, fontsize="medium", x=0.02, ha="left")
+    return figure
+
+
 # name -> figure(runs of one folder) -> Figure, or None if the runs have nothing to show
 FIGURES: dict[str, Callable[[Sequence[Run]], Figure | None]] = {
     "jump": jump_figure,
+    "fall": fall_figure,
     "membership": membership_figure,
     "leakage": leakage_figure,
     "inversion": inversion_figure,

@@ -113,6 +113,38 @@ def test_runs_that_measured_membership_have_its_figure(tmp_path, capsys):
     assert str(tmp_path / "figures" / "x" / "membership.png") in capsys.readouterr().out
 
 
+# ---------------------------------------------------------------- a client loses its trust
+
+
+def falling(folder, *clients, **config):
+    """A run whose clients have these d, reputations and trusts, round by round."""
+    make_run(folder, **config)
+    columns = ["round", "client", "malicious", "active", "d", "reputation", "trust"]
+    rows = [(t, c, int(c == 1), 1, *values) for c, each in enumerate(clients) for t, values in enumerate(each, 1)]
+    write_csv(folder / "clients.csv", columns, sorted(rows))
+    return plot.load_run(folder)
+
+
+def test_the_first_client_that_loses_its_trust_is_drawn(tmp_path):
+    """Client 2 falls in round 4, client 1 in round 3. Client 0 is never trusted, so it does not fall."""
+    never, early, late = [(0.0, 0.0, 0.0)] * 4, [(1.0, 0.9, 0.8)] * 4, [(0.5, 0.6, 0.7)] * 4
+    early[2:] = [(0.1, 0.3, 0.14), (0.0, 0.2, 0.0)]
+    late[3] = (0.0, 0.0, 0.0)
+    run = falling(tmp_path / "a", never, early, late)
+    assert figures.fall_of(run) == (1, 3)
+    figure = figures.fall_figure([falling(tmp_path / "b", never, late[:3] * 2), run])
+    drawn = {each.get_label(): list(each.get_ydata()) for each in figure.axes[0].lines}
+    assert list(drawn.values()) == [[1, 1, 0.1, 0], [0.9, 0.9, 0.3, 0.2], [0.8, 0.8, 0.14, 0], [0.15, 0.15]]
+    assert "Client 1 (malicious) loses its trust in round 3" in figure.get_suptitle()
+
+
+def test_runs_in_which_no_trusted_client_falls_have_no_such_figure(tmp_path):
+    at = [(0.5, 0.5, 0.5), (0.2, 0.2, 0.15), (0.2, 0.2, 0.15), (0.2, 0.2, 0.15)]  # at the threshold, not below it
+    without_d = plot.load_run(make_run(tmp_path / "b"))
+    unjudged = falling(tmp_path / "c", [(0.5, 0.5, 0.5), (0.0, 0.0, 0.0)], settings={"judged": "d", "threshold": 0.5})
+    assert figures.fall_figure([falling(tmp_path / "a", at), without_d, unjudged]) is None
+
+
 # ---------------------------------------------------------------- heat maps of experiments
 
 

@@ -9,7 +9,7 @@ import signal
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import astuple
 from difflib import get_close_matches
 from pathlib import Path
@@ -205,13 +205,10 @@ def report_leakage(table: Any) -> None:
 
     names = ("rank", "identified", "psnr", "ssim")
     texts = means(table.groupby(["round", "steps", "images"], sort=False), {name: LEAKED[name] for name in names})
-    rows: list[tuple[str, list[str]]] = []
-    for (t, steps, images), cells in zip(texts.index, texts.values.tolist()):
-        rows += [(f"round {t}", [])] * ((f"round {t}", []) not in rows)
-        rows.append((f"  {seen_in_words(steps, images)}", cells))
+    pairs = [(f"round {t}", seen_in_words(steps, images)) for t, steps, images in texts.index]
     print()
     say("Gradient inversion. A reconstructed image that tells nothing has a rank of 0.5 on average, a perfect one 0")
-    show(list(texts.columns), rows)
+    show(list(texts.columns), under_headings(pairs, texts.values.tolist()))
 
 
 def why_nobody(config: Any, rounds: int, attackers: int) -> str:
@@ -263,12 +260,17 @@ def report_cells(about: str, table: Any) -> None:
     print()
     say(f"{about}; {data_of(table)}; last {span(table)} rounds, {OVER_SEEDS}")
     heads = ["seeds", "attackers out", "honest out", "honest accuracy", "test accuracy"]
+    show(heads, under_headings(texts.index, texts[heads].values.tolist()))
+
+
+def under_headings(names: Iterable[tuple[str, str]], each: Iterable[list[str]]) -> list[tuple[str, list[str]]]:
+    """Rows for `show`, from pairs of a heading and a label: each heading once. Without a label, it has the cells."""
     rows: list[tuple[str, list[str]]] = []
-    for (row, column), cells in zip(texts.index, texts[heads].values.tolist()):
-        if column and (row, []) not in rows:
-            rows.append((row, []))
-        rows.append((f"  {column}" if column else row, cells))
-    show(heads, rows)
+    for (heading, label), cells in zip(names, each):
+        if label and (heading, []) not in rows:
+            rows.append((heading, []))
+        rows.append((f"  {label}" if label else heading, cells))
+    return rows
 
 
 def show(heads: list[str], rows: list[tuple[str, list[str]]]) -> None:

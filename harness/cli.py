@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable
 from concurrent.futures import BrokenExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, fields, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, get_args
 
@@ -396,9 +397,9 @@ def report_all(planned: dict[Path, Config], results: dict[Path, Result]) -> None
 def play_all(folders: Iterable[Path], hide: bool) -> None:
     """Write the page that plays each of the runs, where plot.py writes it. Open the pages if they are few."""
     pages = []
-    for folder in folders:
-        if (folder / "rounds.csv").is_file():
-            pages += write_players([load_run(folder)], folder.parent, folder.parent / "figures", hide)
+    there = [folder for folder in folders if (folder / "rounds.csv").is_file()]
+    for place, members in groupby(there, key=lambda folder: folder.parent):
+        pages += write_players(list(map(load_run, members)), place, place / "figures", hide)
     if len(pages) <= MOST_REPORTS and has_display():
         for page in pages:
             webbrowser.open(page.absolute().as_uri())

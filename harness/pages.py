@@ -40,7 +40,10 @@ STEPS = (1, 1.5, 2, 3, 4, 6, 8, 10)  # the extents of a drawing: round, and at m
 
 
 def write_players(runs: Sequence[Run], folder: Path, out: Path, hide: bool = False) -> list[Path]:
-    """Write a page below `out` for each run at or below `folder` that can be played. Returns the paths of the pages."""
+    """Write a page below `out` for each run at or below `folder` that can be played. Returns the paths of the pages.
+
+    Of two runs there is also a page with both, and only its path is returned, unless the page is to `hide` something.
+    """
     written = []
     for run in runs:
         try:
@@ -48,12 +51,26 @@ def write_players(runs: Sequence[Run], folder: Path, out: Path, hide: bool = Fal
         except ValueError as error:
             say(f"{run.folder}: not played, {error}", sys.stderr)
             continue
-        path = out / run.folder.relative_to(folder).parent / f"play-{run.name}.html"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page, encoding="utf-8")
-        print(path)
-        written.append(path)
+        written.append(write(page, out / run.folder.relative_to(folder).parent / f"play-{run.name}.html"))
+    if len(written) == 2 and not hide:
+        return [write(side_by_side(*written), out / "side-by-side.html")]
     return written
+
+
+def write(page: str, path: Path) -> Path:
+    """Write an HTML page and print its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+    print(path)
+    return path
+
+
+def side_by_side(*players: Path) -> str:
+    """The HTML page that plays two runs side by side, round by round: both pages in one."""
+    template = Template((TEMPLATES / "beside.html").read_text(encoding="utf-8"))
+    frame = '<iframe name="beside" title="{}" srcdoc="{}"></iframe>'.format
+    frames = [frame(*map(html.escape, (path.stem, path.read_text(encoding="utf-8")))) for path in players]
+    return template.substitute(runs="\n".join(frames))
 
 
 def play(run: Run, hide: bool = False) -> str:

@@ -418,6 +418,12 @@ def test_without_a_display_the_path_of_the_page_is_only_printed(quick, tmp_path,
     assert main([*SHORT, "--out", str(tmp_path / "b")]) == 0 and not (tmp_path / "b" / "figures").exists()
 
 
+def test_of_two_runs_the_page_with_both_is_opened(tmp_path, opened):
+    assert main([*SHORT, "--mad-start", "1", "never", "--play", "--out", str(tmp_path)]) == 0
+    assert opened == [(tmp_path / "figures" / "side-by-side.html").as_uri()]
+    assert len(list((tmp_path / "figures").glob("play-*.html"))) == 2
+
+
 def test_pages_of_several_runs_are_written_and_few_of_them_opened(grid, tmp_path, monkeypatch, opened):
     main([*grid, "--out", str(tmp_path), "--play"])
     pages = sorted((tmp_path / "grid" / "figures").iterdir())

@@ -148,7 +148,7 @@ def browse(page: Path, *flags: str):
     """Open the page, wait for some seconds, and return the JSON in its title."""
     words = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=10000", "--dump-dom"]
     done = subprocess.run([*words, *flags, page.as_uri()], capture_output=True, text=True, timeout=60)
-    return json.loads(re.search("<title>(.*?)</title>", done.stdout)[1])
+    return json.loads(html.unescape(re.search("<title>(.*?)</title>", done.stdout)[1]))
 
 
 @pytest.mark.slow
@@ -180,12 +180,13 @@ addEventListener("load", () => setTimeout(() => document.title = JSON.stringify(
 
 def test_the_pages_without_an_installation_are_there_and_small():
     """They hold what their names say, and the page is that of the template: after a change, make.py makes them anew."""
-    assert sorted(path.stem for path in DEMO.glob("*.html")) == sorted([*PLAYED, "report"])
+    assert sorted(path.stem for path in DEMO.glob("*.html")) == sorted([*PLAYED, "late", "report"])
     assert sum(path.stat().st_size for path in DEMO.iterdir()) < 3_000_000
     template = (pages.TEMPLATES / "player.html").read_text()
     shown = {}
-    for name in PLAYED:
-        page = (DEMO / f"{name}.html").read_text()
+    both = re.findall('srcdoc="(.*?)"></iframe>', (DEMO / "late.html").read_text(), flags=re.DOTALL)
+    played = {name: (DEMO / f"{name}.html").read_text() for name in PLAYED}
+    for name, page in [*played.items(), *zip(("with MAD", "without"), map(html.unescape, both), strict=True)]:
         assert re.sub(r'(id="run">).*?(</script>)', r"\1{}\2", page, count=1) == template, name
         shown[name] = content(page)
         assert shown[name]["title"].count("PneumoniaMNIST") == 1
@@ -193,12 +194,14 @@ def test_the_pages_without_an_installation_are_there_and_small():
     liars = {name: {c for c, lies in enumerate(run["malicious"]) if lies} for name, run in shown.items()}
     assert len(shown["main"]["rounds"]) == 1000 and out["main"] == liars["main"] and len(liars["main"]) == 2
     assert not liars["honest"] and not out["honest"]
+    assert liars["without"] == liars["with MAD"] == out["with MAD"] and not out["without"]
+    assert {shown["with MAD"]["excluded"][c] for c in out["with MAD"]} == {20}
     assert len(liars["turned"]) == 4 and out["turned"] == set(range(10)) - liars["turned"]
 
 
 @pytest.mark.slow
 @needs_browser
-@pytest.mark.parametrize("name", [*PLAYED, "report"])
+@pytest.mark.parametrize("name", [*PLAYED, "late", "report"])
 def test_the_pages_without_an_installation_load_nothing_and_have_no_error(tmp_path, name):
     page = (DEMO / f"{name}.html").read_text().replace("<head>", ERRORS + ALONE, 1)
     (tmp_path / "page.html").write_text(page)
@@ -234,6 +237,12 @@ def scored(folder, d, settings, mad_start):
     return pandas.read_csv(folder / "clients.csv")
 
 
+def sized(page, size):
+    """The page in a window of a size in pixels. Chromium's own window has a frame."""
+    style = "width:{}px;height:{}px;border:0".format(*size)
+    return f'<title></title><iframe style="{style}" srcdoc="{html.escape(page)}"></iframe>'
+
+
 def driven(folder, script, *flags, size=None, **options):
     """What a script saw: it is called as a function in the page that plays the run of a folder.
 
@@ -242,10 +251,7 @@ def driven(folder, script, *flags, size=None, **options):
     page = pages.play(plot.load_run(folder), **options).replace("<head>", ERRORS, 1)
     script = f"<script>top.document.title = JSON.stringify([(() => {{ {script} }})(), errors]);</script></body>"
     page = page.replace("</body>", script, 1)
-    if size:  # Chromium's own window has a frame
-        style = "width:{}px;height:{}px;border:0".format(*size)
-        page = f'<title></title><iframe style="{style}" srcdoc="{html.escape(page)}"></iframe>'
-    (folder / "driven.html").write_text(page)
+    (folder / "driven.html").write_text(sized(page, size) if size else page)
     seen, errors = browse(folder / "driven.html", *flags)
     assert errors == []
     return seen
@@ -337,8 +343,8 @@ return [before, ...at, ...after, differs, text("story"), document.body.className
     kind = {True: "attacker", False: "honest"}[first[0] in real["malicious"]]
     assert seen[:3] == ["MAD starts in round 5", 5, f"Excluded: client {first[0]} ({kind}) in round 5"]
     assert seen[3].startswith("Exact up to round 5, ") and "From round 6 on a what-if" in seen[3]
-    assert seen[4:11] == ["whatif", False, True, True, True, True, True]  # the curves are shaded from round 5 on
-    assert seen[11:] == [None, "MAD never starts: nobody is excluded", ""]
+    assert seen[4:13] == ["whatif", False, *[True] * 7]  # the curves are shaded from round 5 on
+    assert seen[13:] == [None, "MAD never starts: nobody is excluded", ""]
 
 
 @pytest.mark.slow
@@ -388,6 +394,172 @@ def test_a_page_says_where_it_can_not_ask_what_if(tmp_path):
     del config["settings"]["threshold"]
     (tmp_path / "c" / "config.json").write_text(json.dumps(config))
     assert "or a setting" in driven(tmp_path / "c", script)[0]
+
+
+# ---------------------------------------------------------------- one client through the equations
+
+PATH = """
+const rows = () => [...byId("sums").rows].map((row) => [...row.cells].map((cell) =>
+  cell.textContent.replaceAll("\\u2212", "-"))); // the minus sign
+const click = (target) => target.dispatchEvent(new MouseEvent("click", { bubbles: true }));
+const path = (round) => {
+  show(round - 1);
+  return [byId("chosen").textContent, rows(), byId("judgement").textContent];
+};
+"""
+
+
+@pytest.mark.slow
+@needs_browser
+def test_the_path_of_a_client_through_the_equations_by_hand(tmp_path):
+    """Round 2: 0.9 + 0.2 - exp(-0.8 * 0.9 / 2) = 1.1 - 0.698 = 0.402, and 0.75 * 0.402 + 0.25 * 0.9 = 0.527."""
+    scored(tmp_path / "a", np.array([[0.9, 0.95, 0.95], [0.2, 0.95, 0.95], [0.2, 0.95, 0.95]]), PRESETS["paper"], 2)
+    script = "click(byId('plane').querySelector('[data-client=\"0\"]')); return [1, 2, 3].map(path)"
+    first, second, third = driven(tmp_path / "a", PATH + script)
+    assert first == [
+        "Client 0 (attacker)",
+        [
+            ["(1) R", "d = 0.900", "= 0.900"],
+            ["(5) T", "√(0.900² + 0.900²) - √(0.100² + 0.100²)", "= 1.131"],
+            ["(6) T", "0.85 · 1.131 + 0.15 · 0.000", "= 0.962"],
+            ["(7) T", "0.962, clipped to 0…1", "= 0.962"],
+        ],
+        "The trust 0.962 is not below the threshold 0.15",
+    ]
+    assert second[1] == [
+        ["(2) R", "d < 0.5: 0.900 + 0.200 - exp(-(1 - 0.200) · 0.900 / 2)", "= 0.402"],
+        ["(3) R", "0.402, clipped to 0…1", "= 0.402"],
+        ["(4) R", "0.75 · 0.402 + 0.25 · 0.900", "= 0.527"],
+        ["(5) T", "√(0.527² + 0.200²) - √(0.473² + 0.800²)", "= -0.366"],
+        ["(6) T", "0.85 · -0.366 + 0.15 · 0.962", "= -0.167"],
+        ["(7) T", "-0.167, clipped to 0…1", "= 0.000"],
+    ]
+    assert second[2] == "The trust 0.000 is below the threshold 0.15, so it is excluded"
+    assert third[1:] == [[], "It was excluded in round 2, so it has no d."]
+
+
+@pytest.mark.slow
+@needs_browser
+@pytest.mark.parametrize("name", ["paper", "testbed"])
+@pytest.mark.parametrize("order", ["clip-smooth", "smooth-clip"])
+def test_the_sums_of_a_path_give_what_the_page_shows(tmp_path, name, order):
+    """Every sum is worked out again from its text. Its numbers have three digits."""
+    rng = np.random.default_rng(2)
+    settings = replace(PRESETS[name], order=order)
+    scored(tmp_path / "a", rng.random((6, 3)).round(6), settings, mad_start=None)
+    script = "take(1); return [1, 2, 3, 4, 5, 6].map((t) => [path(t)[1], scores().reputation[1], scores().trust[1]]);"
+    falls = set()
+    for rows, reputation, trusted in driven(tmp_path / "a", PATH + script):
+        results = {}
+        for equation, text, value in rows:
+            formula = re.sub(r"√(\([^)]*\))", r"\1**0.5", text.split(": ")[-1].removeprefix("d = "))
+            for old, new in {"·": "*", "²": "**2", "exp": "np.exp"}.items():
+                formula = formula.replace(old, new)
+            clipped = formula.removesuffix(", clipped to 0…1")
+            worked = float(np.clip(float(clipped), 0, 1)) if clipped != formula else eval(formula, {"np": np})
+            results[equation[:3]] = float(value.removeprefix("= "))
+            assert worked == pytest.approx(results[equation[:3]], abs=0.003)
+            falls.add(text[:3]) if equation == "(2) R" else None
+        numbered = list(results)
+        assert numbered in (
+            ["(1)", "(5)", "(6)", "(7)"],
+            [f"({n})" for n in ("243567" if order == "smooth-clip" else "234567")],
+        )
+        last = "(1)" if "(1)" in results else "(3)" if order == "smooth-clip" else "(4)"
+        assert (results[last], results["(7)"]) == pytest.approx((reputation, trusted), abs=0.000501)
+    assert falls == {"d <", "d ≥"}
+
+
+@pytest.mark.slow
+@needs_browser
+def test_a_client_is_chosen_by_mouse_or_keys_and_left_again(tmp_path):
+    script = """
+const seen = [], press = (target, key) => target.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+const look = () => seen.push([chosen, ...["accuracy", "loss", "path", "sums"].map((id) => byId(id).checkVisibility())]);
+const column = (client) => byId("bars").querySelector(`[data-client="${client}"]`);
+look(); click(column(1)); look(); click(column(2)); look(); click(column(2)); look();
+column(0).focus(); press(column(0), "Enter"); look(); press(document, "Escape"); look();
+click(column(1)); byId("back").click(); look();
+const down = new MouseEvent("mousedown", { bubbles: true, cancelable: true });
+column(1).dispatchEvent(down); seen.push(down.defaultPrevented); // it takes no focus, so that the space bar plays
+click(column(1)); press(document, "h"); look(); press(document, "r"); look();
+return seen;
+"""
+    seen = driven(of_ten(tmp_path / "a"), PATH + script)
+    curves, path = [True, True, False, False], [False, False, True, True]
+    assert seen[:7] == [[None, *curves], [1, *path], [2, *path], [None, *curves], [0, *path], *[[None, *curves]] * 2]
+    assert seen[7:] == [True, [None, *curves], [None, *curves]]  # the guess tells nothing of the chosen client
+
+
+# ---------------------------------------------------------------- two runs side by side
+
+
+def beside(folder, script, size):
+    """What a script saw in the page that plays the two runs of a folder side by side, in a window of this size.
+
+    It is called as an async function. In it, `runs` are the windows of both runs, and `await wait()` waits until one
+    has followed the other.
+    """
+    assert plot.main([str(folder), "--play"]) == 0
+    page = (folder / "figures" / "side-by-side.html").read_text().replace("<head>", ERRORS, 1)
+    script = f"""<script>
+const wait = () => new Promise((done) => setTimeout(done, 300));
+const look = async () => {{ {script} }};
+addEventListener("load", () => wait().then(look).catch((error) => errors.push(error.stack)).then((seen) => {{
+  top.document.title = JSON.stringify([seen, errors]);
+}}));
+</script></body>"""
+    (folder / "driven.html").write_text(sized(page.replace("</body>", script, 1), size))
+    seen, errors = browse(folder / "driven.html")
+    assert errors == []
+    return seen
+
+
+@pytest.mark.slow
+@needs_browser
+@pytest.mark.parametrize("size", [(1920, 1080), (1280, 720)], ids=str)
+def test_two_runs_play_side_by_side_and_can_be_read_from_afar(tmp_path, size):
+    of_ten(tmp_path / "mad")
+    scored(tmp_path / "never", np.array([[0.1, 0.15] + [0.9] * 8] * 8), PRESETS["paper"], mad_start=None)
+    losses = [(t, 3.0 if t == 8 else 0.5, 0.5, 0.5, 0) for t in range(1, 9)]
+    write_csv(tmp_path / "never" / "rounds.csv", ROUND_COLUMNS, losses)
+    script = f"""
+const measured = (page) => new page.Function({json.dumps(MEASURED)})();
+const look = (page) => ["round", "story"].map((id) => page.document.getElementById(id).textContent);
+const seen = [], key = (page, key) => page.document.dispatchEvent(new page.KeyboardEvent("keydown", {{ key }}));
+key(runs[0], "End"); await wait(); seen.push(runs.map(look));
+const texts = (page) => [...page.document.getElementById("loss").querySelectorAll("text")];
+seen.push(runs.map((page) => texts(page).map((text) => text.textContent)));
+key(runs[1], "ArrowLeft"); key(runs[1], "ArrowLeft"); await wait(); seen.push(runs.map(look));
+seen.push(runs.map(measured));
+runs[1].take(1); await wait(); seen.push(runs.map(measured));
+seen.push(runs.map((page) => page.document.getElementById("chosen").textContent));
+key(runs[0], "h"); key(runs[0], "Home"); await wait(); seen.push(runs.map(look));
+runs[1].play(true); await new Promise((done) => setTimeout(done, 4000)); seen.push(runs.map(look));
+return seen;
+"""
+    end, axes, back, curves, path, chosen, home, played = beside(tmp_path, script, size)
+    never = "MAD never starts: nobody is excluded"
+    assert end == [["Round 8 of 8", "Excluded: clients 0, 1 (attackers) in round 4"], ["Round 8 of 8", never]]
+    assert [texts[:3] for texts in axes] == [["0.00", "1.50", "3.00"]] * 2  # both have the larger axis
+    for told, t in (back, 6), (home, 1), (played, 8):
+        assert [texts[0] for texts in told] == [f"Round {t} of 8"] * 2
+    assert chosen == ["", "Client 1 (attacker)"]
+    for seen in [*curves, *path]:
+        assert seen["smallest"] >= 0.016 and seen["cut"] == [] and seen["scrolls"][:2] == [False, False]
+        assert 0.97 < seen["filled"] <= 1 and seen["drawn"] > 0.4
+
+
+def test_two_runs_have_a_page_with_both_unless_it_would_tell_who_lies(tmp_path, capsys):
+    """Negative controls: one run, three runs, and --hide."""
+    for name in "abc":
+        playable(tmp_path / name)
+        assert plot.main([str(tmp_path), "--play", "--out", str(tmp_path / "out" / name)]) == 0
+    assert plot.main([str(tmp_path), "--play", "--hide", "--out", str(tmp_path / "out" / "hide")]) == 0
+    assert [path.parent.name for path in (tmp_path / "out").rglob("side-by-side.html")] == ["b"]
+    page = (tmp_path / "out" / "b" / "side-by-side.html").read_text()
+    assert page.count("<iframe") == 2 and [title in page for title in ("play-a", "play-b")] == [True, True]
+    assert html.escape((tmp_path / "out" / "b" / "play-a.html").read_text()) in page
 
 
 # ---------------------------------------------------------------- guess who lies
@@ -471,8 +643,9 @@ def test_how_many_rounds_mad_needed_by_hand(tmp_path):
 STATES = [
     "",
     "ask({ start: 3, threshold: 0.5 });",
-    "guess(true); vote(2);",
-    "guess(true); vote(2); vote(9); guess(false);",
+    "guess(true); take(2);",
+    "guess(true); take(2); take(9); guess(false);",
+    "show(2); take(0);",
 ]
 MEASURED = """
 const texts = [...document.querySelectorAll("body *")].filter((element) => element.checkVisibility() &&
@@ -484,8 +657,8 @@ return {
   cut: texts.filter((element) => !inside(element.getBoundingClientRect())).map((element) => element.textContent),
   scrolls: [root.scrollWidth > innerWidth, root.scrollHeight > innerHeight, aside.scrollHeight > aside.clientHeight],
   filled: document.querySelector("footer").getBoundingClientRect().bottom / innerHeight,
-  drawn: [...document.querySelectorAll("main svg")].reduce((sum, svg) => sum + svg.clientWidth * svg.clientHeight, 0)
-    / (innerWidth * innerHeight),
+  drawn: [...document.querySelectorAll("main svg, main table")].reduce((sum, drawing) =>
+    sum + drawing.clientWidth * drawing.clientHeight, 0) / (innerWidth * innerHeight),
   texts: texts.length,
 };
 """
@@ -499,10 +672,10 @@ def of_ten(folder):
 
 @pytest.mark.slow
 @needs_browser
-@pytest.mark.parametrize("state", STATES, ids=["run", "what-if", "hidden", "revealed"])
+@pytest.mark.parametrize("state", STATES, ids=["run", "what-if", "hidden", "revealed", "path"])
 @pytest.mark.parametrize("size", [(1920, 1080), (1280, 720)], ids=str)
 def test_a_page_fills_a_screen_and_can_be_read_from_afar(tmp_path, size, state):
-    seen = driven(of_ten(tmp_path / "a"), f"show(6); {state} show(6); {MEASURED}", size=size)
+    seen = driven(of_ten(tmp_path / "a"), f"show(6); {state} show(2); {MEASURED}", size=size)
     assert seen["smallest"] >= 0.016 and seen["texts"] > 50
     assert seen["cut"] == [] and seen["scrolls"] == [False] * 3
     assert 0.97 < seen["filled"] <= 1 and seen["drawn"] > 0.45

@@ -7,10 +7,11 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-RUNS = {  # name of the page -> options of its run
+RUNS = {  # name of the page -> options of its run; two runs are shown side by side
     "main": "--rounds 1000 --mad-start 500",
     "honest": "--rounds 60 --mad-start 10 --malicious 0",
     "turned": "--rounds 40 --mad-start 10 --attack hug --malicious 0.4 --preset testbed",
+    "late": "--rounds 60 --mad-start 10 never --attack-start 20",
 }
 
 
@@ -22,12 +23,13 @@ def run(folder: str, script: str, *words: str) -> None:
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, options in RUNS.items():
-            run(folder, "madsim.py", *options.split(), "--dataset", "pneumoniamnist", "--out", f"results/{name}")
-        run(folder, "plot.py", "results", "--play", "--out", "pages")
-        for name in RUNS:
-            [page] = Path(folder, "pages", name).glob("*.html")
+            data = ("--dataset", "pneumoniamnist", "--out", name)
+            run(folder, "madsim.py", *options.split(), *data)
+            run(folder, "plot.py", name, "--play", "--out", f"{name}/pages")
+            pages = Path(folder, name, "pages")
+            [page] = list(pages.glob("side-by-side.html")) or pages.glob("play-*.html")
             shutil.copy(page, HERE / f"{name}.html")
-        run(folder, "plot.py", "results/main", "--report", "--out", "report")
+        run(folder, "plot.py", "main", "--report", "--out", "report")
         shutil.copy(Path(folder, "report", "report.html"), HERE)
 
 

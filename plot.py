@@ -2,7 +2,8 @@
 
 Draws the paper's Fig. 2 (images) and Fig. 3 (a: loss, b: accuracy, c: accuracy of the honest clients), and reputation
 and trust for each run. It draws what the runs at or below the folder have written so far. Runs in one folder are
-compared in one figure. An experiment with a table.csv also gets heat maps.
+compared in one figure. An experiment with a table.csv also gets heat maps. Several folders are drawn as if they were
+alone in the nearest folder that holds them all.
 
 The plot functions take matplotlib Axes and leave the legend to the caller, so a notebook can use them:
 
@@ -18,7 +19,6 @@ if __name__ == "__main__":
 
     check("numpy", "pandas", "matplotlib")
 
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,8 +27,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from harness import pages
-from harness.console import Parser, as_command, say
+from harness.console import Parser, as_command, say, whole
 from harness.drawing import HONEST, LINES, band, band_title, bundles, line, new_figure, over_seeds, prepare, save
+from harness.folder import together
 from harness.runs import (
     CURVES,
     LABELS,
@@ -202,19 +203,26 @@ def mark_start(ax: Axes, run: Run, **style: Any) -> bool:
 # ---------------------------------------------------------------- the figures of a folder
 
 
-def figures(runs: Sequence[Run], folder: Path) -> Iterator[tuple[Path, Figure]]:
-    """All figures of the runs at or below `folder`, each with its path below the folder of figures, without suffix."""
+def figures(runs: Sequence[Run], folder: Path, parts: Sequence[Path] = ()) -> Iterator[tuple[Path, Figure]]:
+    """All figures of the runs at or below `folder`, each with its path below the folder of figures, without suffix.
 
-    groups: dict[Path, list[Run]] = {path.parent.relative_to(folder): [] for path in folder.rglob("table.csv")}
+    Tables are those at or below the `parts` of the folder (default: the whole folder).
+    """
+    tables = [table for part in parts or [folder] for table in ([part] * part.is_file() or part.rglob("table.csv"))]
+    tabled = {table.parent.relative_to(folder) for table in tables if table.name == "table.csv"}
+    groups: dict[Path, list[Run]] = {group: [] for group in tabled}
     for run in sorted(runs, key=by_start):
         groups.setdefault(run.folder.relative_to(folder).parent, []).append(run)
     if sampled := [run for run in runs if run.samples]:
         yield Path("fig2"), samples_figure(min(sampled, key=lambda run: run.data.startswith("phantom")))
+    elif runs:
+        say(f"{folder}: no run has a readable samples.npz, so fig2 is not drawn", sys.stderr)
     for group in sorted(groups, key=natural):
-        members, maps = groups[group], list(grid_figures(folder / group / "table.csv"))
+        members, maps = groups[group], [*grid_figures(folder / group / "table.csv")] if group in tabled else []
         for name, figure in maps:
             yield group / name, figure
-        if beside := beside_figure(folder / group):
+        beside = beside_figure(folder / group) if group in tabled else None
+        if beside:
             yield group / "beside", beside
         if not members and not maps and not beside:
             why = "there are no runs, and a heat map needs several rows and columns"
@@ -282,9 +290,9 @@ def scores_figure(runs: Sequence[Run]) -> Figure:
 def main(argv: list[str] | None = None) -> int:
     """Draw what the command line asks for; returns the exit status."""
     parser = Parser(prog="plot.py", description="Draw the figures of all runs at or below a folder.")
-    about = "a results folder of madsim.py, or the folder of one run; several are drawn one after the other"
+    about = "a results folder of madsim.py, or the folder of one run; several are drawn as one, files are left out"
     parser.add_argument("folder", type=Path, nargs="+", help=about)
-    about = "where figures are written (default: FOLDER/figures), with a folder for each of several FOLDERs"
+    about = "where figures are written (default: FOLDER/figures; of several, figures in the folder that holds them)"
     parser.add_argument("--out", type=Path, metavar="DIR", help=about)
     parser.add_argument(
         "--report", action="store_true", help="also write report.html: one page with all figures, tables and settings"
@@ -296,39 +304,45 @@ def main(argv: list[str] | None = None) -> int:
         parser.exit(2, "plot: --hide needs --play\n")
     if args.play and args.report:
         parser.exit(2, "plot: --play writes no figures, --report needs them; use one after the other\n")
-    common = os.path.commonpath([folder.absolute() for folder in args.folder if folder.is_dir()] or [Path.cwd()])
-    counts = []
-    for folder in args.folder:
-        out = args.out / os.path.relpath(folder, common) if args.out else folder / "figures"
-        try:
-            counts.append(draw(folder, out, args.report, args.play, args.hide))
-        except BrokenPipeError:  # `| head` has read enough
-            raise
-        except OSError as error:
-            say(f"plot: {error}", sys.stderr)
-        except KeyboardInterrupt:
-            return 130
-    if counts and not args.play:
-        print(f"{sum(counts)} figure{',' if sum(counts) == 1 else 's, each'} as PNG and SVG")
-    return 0 if sum(counts) else 2
+    there = [path for path in args.folder if path.exists()] or args.folder
+    try:
+        folder, parts = together(there)
+    except ValueError as error:
+        parser.exit(2, f"plot: {error}\n")
+    parts += [path for path in args.folder if path not in there]
+    try:
+        count = draw(folder, parts, args.out or folder / "figures", args.report, args.play, args.hide)
+    except BrokenPipeError:  # `| head` has read enough
+        raise
+    except OSError as error:
+        say(f"plot: {error}", sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    if not args.play:
+        print(f"{count} figure{',' if count == 1 else 's, each'} as PNG and SVG")
+    return 0 if count else 2
 
 
-def draw(folder: Path, out: Path, report: bool, play: bool, hide: bool) -> int:
-    """Write the figures of a folder, and their report, or the pages that play its runs. Returns their number."""
+def draw(folder: Path, parts: Sequence[Path], out: Path, report: bool, play: bool, hide: bool) -> int:
+    """Write the figures of the `parts` of a folder, and their report, or the pages that play their runs.
+
+    Returns their number.
+    """
     import matplotlib
 
     pictures = {}
     with matplotlib.rc_context({"text.parse_math": False}):  # a $ in the name of a folder is only a $
-        runs = load_runs(folder, tables=not play)
+        runs = load_runs(parts, tables=not play)
         if play:
             return len(pages.write_players(runs, folder, out, hide))
-        for name, figure in figures(runs, folder):
+        for name, figure in figures(runs, folder, parts):
             pictures[name.as_posix()] = save(figure, out / name)
-            print(pictures[name.as_posix()])
+            say(whole(pictures[name.as_posix()]))
         if report and (runs or pictures):
             out.mkdir(parents=True, exist_ok=True)
             (out / "report.html").write_text(pages.report(runs, pictures, folder), encoding="utf-8")
-            print(out / "report.html")
+            say(whole(out / "report.html"))
     return len(pictures)
 
 

@@ -6,13 +6,14 @@
 import argparse
 import os
 import re
+import shlex
 import sys
 import webbrowser
 from collections.abc import Collection, Iterable
 from concurrent.futures import BrokenExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, fields, replace
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, get_args
 
@@ -43,6 +44,7 @@ from harness.folder import (
     refuse_changes,
     refuse_folder,
     refuse_version,
+    together,
 )
 from harness.jobs import refuse_unsendable, simulate_all, workers
 from harness.pages import write_players
@@ -384,7 +386,7 @@ def report_all(planned: dict[Path, Config], results: dict[Path, Result]) -> None
             point_to(folder)
         return
     places = {folder.absolute().parent for folder in there}
-    common = next(iter(there)).parent if len(places) == 1 else Path(os.path.relpath(os.path.commonpath(places)))
+    common = next(iter(there)).parent if len(places) == 1 else together([*there])[0]
     cells = [(folder, folder.name.removesuffix(f"-s{config.seed}"), "") for folder, config in there.items()]
     of_experiment = (common / "table.md").exists()
     written = len(places) == 1 and not of_experiment
@@ -418,8 +420,8 @@ def tabulate_all(given: dict[str, Any], md5: str) -> None:
         runs = [(folder / replace(run, seed=seed).name, *cell) for cell, run in cells.items() for seed in seeds]
         runs = [run for run in runs if (run[0] / CHECKPOINT).is_file() and data_md5(run[0]) == md5]
         asked = {name: value for name, value in given.items() if name not in NOT_RESULTS} | {"experiment": folder.name}
-        words = [f"{option(n)} {' '.join(value) if isinstance(value, list) else value}" for n, value in asked.items()]
-        table = tabulate(folder, runs, f"python madsim.py {' '.join(words)}")
+        words = [[option(n), *(value if isinstance(value, list) else [value])] for n, value in asked.items()]
+        table = tabulate(folder, runs, shlex.join(["python", "madsim.py", *map(str, chain(*words))]))
         if not table.empty:
             report_cells(EXPERIMENTS[folder.name].about, table)
             if not (leakage := over_leakage(runs)).empty:

@@ -9,7 +9,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -229,8 +229,27 @@ def naming(path: Path) -> Iterator[None]:
 
 def script(name: str) -> str:
     """The path of one of our scripts, as a command in the current folder names it."""
-    path = str(Path(__file__).parents[1] / name)
-    return min(os.path.relpath(path), path, key=len)
+    return str(from_here(Path(__file__).parents[1] / name))
+
+
+def from_here(path: Path) -> Path:
+    """An absolute path, or the same place as seen from the current folder if that is shorter."""
+    try:
+        return min(Path(os.path.relpath(path)), path, key=lambda way: len(str(way)))
+    except ValueError:  # on Windows, from one drive to another
+        return path
+
+
+def together(paths: Sequence[Path]) -> tuple[Path, list[Path]]:
+    """The nearest folder that holds all of several paths, and the paths, which then begin with it. Of one, itself.
+
+    Raises ValueError if no folder does: on Windows, drives have none.
+    """
+    if len(paths) == 1:
+        return paths[0], [*paths]
+    every = [Path(os.path.abspath(path)) for path in paths]
+    folder = Path(os.path.commonpath(every))
+    return from_here(folder), [from_here(folder) / path.relative_to(folder) for path in every]
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -123,7 +124,7 @@ def workers(scheduler: str | None) -> Iterator[None]:
             raise ValueError(f"the cluster has no workers; start some: dask worker {scheduler} --nthreads 1")
         found = client.run(find_spec, "madsim") | {"the scheduler": client.run_on_scheduler(find_spec, "madsim")}
         if lost := [place for place, spec in found.items() if spec is None]:
-            way = f"start it with PYTHONPATH={Path(script('madsim.py')).resolve().parent}"
+            way = f"start it with PYTHONPATH={shlex.quote(str(Path(script('madsim.py')).resolve().parent))}"
             raise ValueError(f"{', '.join(lost)} can't find madsim's modules; {way}")
         if crowded := [worker for worker, threads in client.nthreads().items() if threads != 1]:
             raise ValueError(f"workers {', '.join(crowded)} have several threads; start them with --nthreads 1")

@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from harness.console import say
+from harness.console import say, whole
 from harness.folder import plain
 from harness.runs import (
     CURVES,
@@ -61,7 +61,7 @@ def write(page: str, path: Path) -> Path:
     """Write an HTML page and print its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
-    print(path)
+    say(whole(path))
     return path
 
 

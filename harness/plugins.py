@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import shlex
 import sys
 import warnings
 from contextlib import ExitStack
@@ -79,7 +80,7 @@ def refuse_unknown(written: dict, path: Path) -> None:
         if not isinstance(name, str):
             continue
         if name not in registry:
-            file = " ".join(Path(plugin).name for plugin in written.get("plugins") or ["FILE"])
+            file = shlex.join(Path(plugin).name for plugin in written.get("plugins") or ["FILE"])
             raise ValueError(f"{path} names the {kind} {name!r}, which is unknown here; load it with --plugin {file}")
         registry[name]  # a rule of byzfl says here that this package is missing
 

@@ -131,20 +131,30 @@ def natural(path: Path) -> list:
     return [[int(word) if word.isdecimal() else word for word in re.split(r"(\d+)", part)] for part in path.parts]
 
 
-def load_runs(folder: Path, tables: bool = False) -> list[Run]:
-    """The runs at or below `folder`. One line per run on standard error names what can't be drawn.
+def load_runs(folders: Sequence[Path], tables: bool = False) -> list[Run]:
+    """The runs at or below the folders, each once. One line per run on standard error names what can't be drawn.
 
-    With `tables`, a folder that holds no run but a table.csv has no runs. Else it raises FileNotFoundError.
+    So does one for a folder that holds no run. If none does, it raises FileNotFoundError. With `tables`, a table.csv
+    is enough. Files among several folders are passed over.
     """
-    try:
-        runs, found = [], find_runs(folder)
-    except FileNotFoundError:
-        if tables and any(folder.rglob("table.csv")):
-            return []
-        raise
-    for path in sorted({path.parent for path in folder.rglob("config.json")} - set(found), key=natural):
+    folders = [folder for folder in folders if not folder.is_file()] or folders
+    found: set[Path] = set()
+    without: list[str] = []
+    for folder in folders:
+        try:
+            found |= {*find_runs(folder)}
+        except FileNotFoundError as error:
+            if not (tables and any(folder.rglob("table.csv"))):
+                without.append(str(error))
+    if len(without) == len(folders):
+        raise FileNotFoundError("; ".join(without))
+    for text in without:
+        say(f"plot: {text}", sys.stderr)
+    there = {path.parent for folder in folders for path in folder.rglob("config.json")}
+    for path in sorted(there - found, key=natural):
         say(f"{path}: not drawn, it holds no rounds.csv", sys.stderr)
-    for path in found:
+    runs = []
+    for path in sorted(found, key=natural):
         try:
             run = load_run(path)
         except (ValueError, OSError) as error:
@@ -153,8 +163,6 @@ def load_runs(folder: Path, tables: bool = False) -> list[Run]:
         runs.append(run)
         if lacking := shortcomings(run):
             say(f"{path}: {lacking}", sys.stderr)
-    if not any(run.samples for run in runs):
-        say(f"{folder}: no run has a readable samples.npz, so fig2 is not drawn", sys.stderr)
     return runs
 
 

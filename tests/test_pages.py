@@ -103,14 +103,17 @@ def test_pages_are_written_for_the_runs_that_have_places(tmp_path, capsys):
     assert plot.main([str(tmp_path / "x" / "b"), "--play"]) == 2
 
 
-def test_several_folders_are_drawn_each_into_a_folder_of_its_own(tmp_path, capsys):
+def test_pages_of_several_folders_lie_where_those_of_their_common_folder_do(tmp_path, capsys):
     one, other = playable(tmp_path / "x" / "a"), playable(tmp_path / "y" / "a")
     assert plot.main([str(one), str(tmp_path / "absent"), str(other), "--play", "--out", str(tmp_path / "out")]) == 0
     out, err = capsys.readouterr()
-    assert out.splitlines() == [str(tmp_path / "out" / place / "a" / "play-a.html") for place in "xy"]
-    assert f"plot: {tmp_path / 'absent'} is not a folder" in err
+    assert out.splitlines() == [str(tmp_path / "out" / place / "play-a.html") for place in "xy"]
+    assert err == f"plot: {tmp_path / 'absent'} is not a folder; give a folder with results of madsim.py\n"
     assert plot.main([str(one), str(other), "--play"]) == 0
-    assert (one / "figures" / "play-a.html").is_file() and (other / "figures" / "play-a.html").is_file()
+    together = capsys.readouterr().out
+    assert plot.main([str(tmp_path), "--play"]) == 0
+    assert capsys.readouterr().out == together
+    assert (tmp_path / "figures" / "x" / "play-a.html").is_file() and not (one / "figures").exists()
 
 
 def test_a_title_of_several_lines_is_one_line_on_the_page(tmp_path):

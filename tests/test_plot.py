@@ -6,6 +6,7 @@ They check what is drawn, how it is labelled, and what happens if files are miss
 import csv
 import json
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import asdict
@@ -23,6 +24,7 @@ from matplotlib.text import Text
 
 import plot
 from harness import runs
+from harness.folder import together
 from harness.runs import TITLE_WIDTH, variants
 from madsim import Config
 
@@ -600,6 +602,79 @@ def test_one_run_of_its_own_and_another_folder_for_figures(tmp_path, capsys):
     assert (tmp_path / "drawn" / "loss.png").is_file() and (tmp_path / "drawn" / "trust-mad3-s0.svg").is_file()
     assert not (folder / "figures").exists()
     assert "samples.npz" in capsys.readouterr().err
+
+
+def test_several_folders_are_drawn_as_if_alone_in_the_folder_that_holds_them(tmp_path, capsys, monkeypatch):
+    """A shell gives `results/*` with files and the folder of figures among the runs."""
+    monkeypatch.chdir(tmp_path)
+    for start in (2, 3, 4):
+        make_run(Path("results") / f"mad{start}-s0", samples=True, mad_start=start)
+    assert plot.main(["results"]) == 0
+    whole = capsys.readouterr().out
+    names = sorted(map(str, Path("results").iterdir()))
+    (tmp_path / "results" / "notes.txt").write_text("a file")
+    assert plot.main([*names, "results/notes.txt", "--report"]) == 0
+    out, err = capsys.readouterr()
+    assert names[0] == "results/figures" and "results/figures holds no run" in err and err.count("\n") == 1
+    figures = [f"results/figures/{name}.png" for name in ("fig2", "loss", "accuracy", "honest_accuracy")]
+    assert out.splitlines()[:4] == figures == whole.splitlines()[:4]
+    assert out.replace("results/figures/report.html\n", "") == whole
+    page = (tmp_path / "results" / "figures" / "report.html").read_text()
+    assert all(f"{name}</a></td>" in page for name in ("mad2-s0", "mad3-s0", "mad4-s0"))
+    (ax,) = drawn_of("results/mad2-s0", tmp_path / "results" / "mad4-s0")["loss"]
+    assert list(lines(ax)) == ["MAD from round 2", "MAD from round 4"]  # a path from here and one from the root
+
+
+def drawn_of(*paths):
+    """The Axes of the figures of several folders, by name."""
+    folder, parts = together([Path(path) for path in paths])
+    return {str(name): figure.axes for name, figure in plot.figures(runs.load_runs(parts), folder, parts)}
+
+
+def test_the_table_of_an_experiment_is_drawn_if_it_is_among_several_paths(tmp_path, monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr(plot, "grid_figures", lambda path: drawn.append(path) or [])
+    one, other = make_run(tmp_path / "a" / "x"), make_run(tmp_path / "a" / "y", mad_start=None)
+    (tmp_path / "a" / "table.csv").write_text("row\n")
+    drawn_of(one, other)
+    assert drawn == []  # the table shows all runs of the experiment, and only two were asked for
+    drawn_of(one, other, tmp_path / "a" / "table.csv")
+    drawn_of(tmp_path / "a")
+    assert drawn == [tmp_path / "a" / "table.csv"] * 2
+
+
+def test_a_run_that_is_given_twice_is_drawn_once(tmp_path):
+    folder = make_run(tmp_path / "x" / "a")
+    assert [run.folder for run in runs.load_runs([tmp_path, tmp_path / "x", folder])] == [folder]
+    assert plot.main([str(folder), f"{folder}/", "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "trust-a.png").is_file()
+
+
+def test_several_folders_without_a_run_are_one_line_and_status_2(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "table.csv").write_text("row\n")
+    assert plot.main([str(tmp_path / name) for name in ("empty", "absent", "table.csv")]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert f"{tmp_path / 'empty'} holds no run" in err and f"{tmp_path / 'absent'} is not a folder" in err
+    assert not (tmp_path / "figures").exists()
+
+
+def test_folders_on_different_drives_are_refused_in_one_line(tmp_path, capsys, monkeypatch):
+    def on_windows(paths):
+        raise ValueError("Paths don't have the same drive")
+
+    monkeypatch.setattr(os.path, "commonpath", on_windows)
+    with pytest.raises(SystemExit) as stop:
+        plot.main([str(make_run(tmp_path / name)) for name in "ab"])
+    assert stop.value.code == 2 and capsys.readouterr().err == "plot: Paths don't have the same drive\n"
+
+
+def test_printed_paths_can_be_copied_into_a_shell(tmp_path, capsys):
+    make_run(tmp_path / "my results" / "a", samples=True)
+    assert plot.main([str(tmp_path / "my results"), "--report"]) == 0
+    printed = [shlex.split(line) for line in capsys.readouterr().out.splitlines()[:-1]]
+    assert len(printed) == 6 and all(len(words) == 1 and Path(words[0]).is_file() for words in printed)
 
 
 def test_a_long_title_is_folded_and_stays_within_the_figure(tmp_path):

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import py_compile
+import shlex
 import subprocess
 import sys
 import threading
@@ -101,6 +102,21 @@ def test_a_run_with_a_plugin_is_resumed_with_the_same_file_alone(plugin, tmp_pat
     del sys.modules["own"]
     plugin.write_text(PLUGIN)
     assert main(["--resume", str(folder), "--rounds", "3", *words]) == 0
+
+
+def test_commands_that_name_a_plugin_can_be_copied_into_a_shell(tmp_path, grid, capsys):
+    path = tmp_path / "my own.py"
+    path.write_text("")
+    assert main([*grid, "--plugin", str(path), "--out", str(tmp_path)]) == 0
+    sys.modules.pop("my own")
+    command = (tmp_path / "grid" / "table.md").read_text().split("`")[1]
+    words = ["--experiment", "grid", "--clients", "4", "--dataset", "phantom", "--seeds", "2", "--plugin", str(path)]
+    assert sorted(shlex.split(command)) == sorted(["python", "madsim.py", *words])
+    folder = next((tmp_path / "grid").glob("*-s0"))
+    about = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(about | {"attack": "gone"}))
+    capsys.readouterr()
+    assert refusal(capsys, "--resume", folder).endswith("load it with --plugin 'my own.py'\n")
 
 
 @pytest.mark.parametrize(

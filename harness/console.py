@@ -75,7 +75,8 @@ def as_command(main: Callable[[], int]) -> int:
     """
     program = Path(sys.argv[0]).stem
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    streams: list[Any] = [stream for stream in (sys.stdout, sys.stderr) if stream]  # None: closed by the caller
+    replace_closed()
+    streams: list[Any] = [sys.stdout, sys.stderr]
     for stream in streams:
         if hasattr(stream, "reconfigure"):  # a notebook's streams have none
             stream.reconfigure(errors="backslashreplace")  # a folder's name may hold bytes that are not text
@@ -97,6 +98,17 @@ def as_command(main: Callable[[], int]) -> int:
         if not isinstance(error, BrokenPipeError):  # the reader closed the pipe; other errors: a full disk
             say(f"{program}: the output can't be written: {error}", sys.stderr)
         return 1
+
+
+def replace_closed() -> None:
+    """Let standard streams that the caller has closed lead nowhere, here and in the processes that this one starts.
+
+    Else the next files would take their places, and get what a library writes to standard error.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # 0, 1, 2: a file takes the lowest free one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+            os.set_inheritable(getattr(sys, name).fileno(), True)
 
 
 def list_names() -> None:

@@ -37,7 +37,7 @@ def required():
 def refuse(reason):
     """End the program with this reason, in one line if no terminal folds it, and exit status 2."""
     text = f"{Path(sys.argv[0]).stem}: {reason}"
-    if sys.stderr.isatty():
+    if sys.stderr and sys.stderr.isatty():  # None: closed by the caller
         text = fill(text, get_terminal_size().columns, break_long_words=False, break_on_hyphens=False)
     print(text, file=sys.stderr)
     sys.exit(2)

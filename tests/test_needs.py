@@ -35,6 +35,12 @@ def test_all_missing_packages_are_named_in_one_line(script):
     assert done.stderr == f"{name}: missing packages: {needed}; {WAY}"
 
 
+def test_missing_packages_are_named_on_standard_output_if_standard_error_is_closed():
+    words = f"{sys.executable} -S madsim.py 2>&-"
+    done = subprocess.run(["bash", "-c", words], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout.startswith("madsim: missing packages: numpy, ")
+
+
 def test_only_what_is_missing_is_named(tmp_path):
     for module in ("numpy", "torch", "medmnist", "matplotlib"):
         (tmp_path / f"{module}.py").touch()

@@ -1331,6 +1331,43 @@ def test_output_that_is_closed_or_is_no_text_is_no_traceback(tmp_path):
         assert (done.returncode, done.stderr) == (status, line)
 
 
+CLOSED = ["2>&-", ">&-", "<&- >&- 2>&-"]
+
+
+@pytest.mark.parametrize("closed", CLOSED)
+def test_no_file_takes_the_place_of_a_closed_stream(closed, tmp_path):
+    """Neither what a library writes to a stream nor what a new process writes ends up in a file of the run."""
+    program = """
+import os, subprocess, sys
+from harness.console import as_command
+
+def main():
+    with open("rounds.csv", "w") as file:
+        os.write(1, b"noise"), os.write(2, b"noise")
+        noise = "import sys; sys.stdout.write('noise'), sys.stderr.write('noise')"
+        subprocess.run([sys.executable, "-c", noise], check=True)
+        file.write("1,0.5")
+    return 0
+
+sys.exit(as_command(main))
+"""
+    (tmp_path / "program.py").write_text(program)
+    words = f"{sys.executable} {tmp_path / 'program.py'} {closed}"
+    done = subprocess.run(["bash", "-c", words], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(HERE)})
+    assert done.returncode == 0 and (tmp_path / "rounds.csv").read_text() == "1,0.5"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("closed", "seeds"), [("2>&-", 1), ("<&- >&- 2>&-", 2)])
+def test_a_run_whose_output_is_closed_is_complete(closed, seeds, tmp_path):
+    options = f"--rounds 3 --clients 2 --malicious 0 --dataset phantom --jobs 2 --seeds {seeds} --out {tmp_path}"
+    words = f"{sys.executable} {HERE / 'madsim.py'} {options} {closed}"
+    done = subprocess.run(["bash", "-c", words], capture_output=True)
+    assert done.returncode == 0
+    tables = [table.read_text().count("\n") for table in tmp_path.glob("*-s*/rounds.csv")]
+    assert tables == [4] * seeds
+
+
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_pipe_that_nobody_reads_is_no_traceback(unbuffered):
     words = f"{sys.executable} {HERE / 'madsim.py'} --help | true"

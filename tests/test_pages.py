@@ -107,7 +107,8 @@ def test_pages_of_several_folders_lie_where_those_of_their_common_folder_do(tmp_
     one, other = playable(tmp_path / "x" / "a"), playable(tmp_path / "y" / "a")
     assert plot.main([str(one), str(tmp_path / "absent"), str(other), "--play", "--out", str(tmp_path / "out")]) == 0
     out, err = capsys.readouterr()
-    assert out.splitlines() == [str(tmp_path / "out" / place / "play-a.html") for place in "xy"]
+    pages = ("x/play-a.html", "y/play-a.html", "side-by-side.html")
+    assert out.splitlines() == [str(tmp_path / "out" / page) for page in pages]
     assert err == f"plot: {tmp_path / 'absent'} is not a folder; give a folder with results of madsim.py\n"
     assert plot.main([str(one), str(other), "--play"]) == 0
     together = capsys.readouterr().out

@@ -50,7 +50,8 @@ def simulate(
     run, which continues from its checkpoint; `Config.read(out)` gives its Config. The run may become longer. If
     `dataset` is given, no data set is loaded. `bar` shows a progress bar. Several threads may call this function. Warns
     if the phantom replaces PneumoniaMNIST. Raises ValueError for invalid input or a folder that can't be resumed,
-    OSError for data or folders that can't be read or written, FloatingPointError if all clients diverge.
+    OSError for data or folders that can't be read or written, FloatingPointError if all clients diverge, RuntimeError
+    in a fork of a process in which PyTorch has computed: start processes with spawn, forkserver or joblib.
     """
     initial_weights = import_model().initial_weights
     if dataset is None:

@@ -47,7 +47,8 @@ entered = local()  # per thread of Python: whether it is inside `own_modes`
 def own_modes() -> Iterator[None]:
     """Inside the block PyTorch has its usual modes, whatever the caller has set, and one thread; see `in_threads`.
 
-    The caller's modes and number of threads return afterwards.
+    The caller's modes and number of threads return afterwards. Raises RuntimeError if PyTorch can't compute because
+    this process is a fork of one in which it has computed before.
     """
     if getattr(entered, "own_modes", False):
         yield
@@ -64,6 +65,11 @@ def own_modes() -> Iterator[None]:
         try:
             torch.set_num_threads(1)
             yield
+        except RuntimeError as error:
+            if "fork" not in str(error):
+                raise
+            way = "start the processes with spawn, forkserver or joblib"
+            raise RuntimeError(f"this process is a fork of one in which PyTorch has computed before; {way}") from None
         finally:
             torch.set_num_threads(before)
             entered.own_modes = False

@@ -40,6 +40,7 @@ class MembershipInference:
     Raises ValueError if there are fewer than two images of a kind.
     """
 
+    @own_modes()
     def __init__(self, clients: Clients):
         self.clients = clients
         honest = [share for share in clients.shares if not share.malicious]
@@ -52,6 +53,7 @@ class MembershipInference:
         self.labels = cat([clients.labels[own], clients.test_labels])
         self.ends = [len(train), len(own)]  # where the training images end, and the validation images
 
+    @own_modes()
     def __call__(self, w: np.ndarray, t: int) -> dict[str, float]:
         """What the global weights w [P], which the clients receive in round t, reveal of the training images.
 

@@ -56,6 +56,69 @@ def test_initial_weights_are_pytorchs_own_in_every_thread():
     assert not any(torch.equal(w, expected) for w in found[1::2])
 
 
+# ---------------------------------------------------------------- processes
+
+
+def in_a_fork(function, seconds: int) -> int:
+    """Call the function in a fork of this process. The exit status is 0, or -SIGALRM if it takes longer."""
+    process = os.fork()
+    if not process:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(seconds)
+        try:
+            function()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+@pytest.fixture
+def several_threads():
+    """PyTorch has computed with two threads of its own. A fork of this process lacks the second thread."""
+    if not hasattr(os, "fork"):
+        pytest.skip("this system has no fork")
+    torch.set_num_threads(2)
+    torch.ones(1_000_000).exp()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_run_in_a_fork_gives_what_it_gives_elsewhere(small, several_threads, tmp_path):
+    config = replace(SHORT, threads=2, membership=1)
+    right = simulate(config, tmp_path / "here", dataset=small)
+    assert in_a_fork(lambda: simulate(config, tmp_path / "fork", dataset=small), 60) == 0
+    assert len(right.membership) == 2
+    for table in (tmp_path / "here").glob("*.csv"):
+        assert (tmp_path / "fork" / table.name).read_bytes() == table.read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("other", [{"clients": 5}, {"method": "loop"}, {"leakage": 1, "inverted": "gradient:1"}])
+def test_a_run_that_pytorch_refuses_in_a_fork_says_how_to_start_processes(other, small, several_threads, unrecorded):
+    """PyTorch can't compute new gradients in a fork of a process in which it has done so."""
+    simulate(SHORT, dataset=small)
+    reason = "^this process is a fork of .* start the processes with spawn, forkserver or joblib$"
+
+    def refused():
+        with pytest.raises(RuntimeError, match=reason):
+            simulate(replace(SHORT, **other), dataset=small)
+
+    assert in_a_fork(refused, 60) == 0
+
+
+def test_another_error_of_pytorch_stays_as_it_is():
+    with pytest.raises(RuntimeError, match=r"^mat1 and mat2"), model.own_modes():
+        torch.ones(2, 3) @ torch.ones(2, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.skipif(sys.platform != "linux", reason="PyTorch for this system has another OpenMP")
+def test_pytorchs_own_threads_hang_in_a_fork(several_threads):
+    """The negative control."""
+    assert in_a_fork(lambda: torch.ones(1_000_000).exp(), 3) == -signal.SIGALRM
+
+
 # ---------------------------------------------------------------- interruptions
 
 

@@ -260,6 +260,27 @@ def test_usable_cores_follow_from_the_affinity_and_the_environment(monkeypatch):
     assert jobs.own_threads() > 1000
 
 
+@pytest.mark.parametrize(
+    ("affinity", "quota", "variable", "usable"),
+    [(64, "max", "64", 64), (1, "max", "64", 1), (64, "150000", "64", 2), (64, "max", "3", 3)],
+)
+def test_a_process_counts_the_cores_that_it_may_use_of_64(affinity, quota, variable, usable, tmp_path, monkeypatch):
+    """`taskset`, a container's quota and LOKY_MAX_CPU_COUNT limit the cores. In the first case nothing does."""
+    plain = open
+    cgroup = {"/sys/fs/cgroup/cpu.max": tmp_path / "cpu.max"}
+    (tmp_path / "cpu.max").write_text(f"{quota} 100000\n")
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(affinity)), raising=False)
+    monkeypatch.setattr(os.path, "exists", lambda path, exists=os.path.exists: path in cgroup or exists(path))
+    monkeypatch.setattr("builtins.open", lambda path, *rest, **named: plain(cgroup.get(path, path), *rest, **named))
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", variable)
+    cores = jobs.usable_cores()
+    assert cores["usable"] == usable and 1 <= cores["physical"] <= 64
+    monkeypatch.setattr(joblib, "Parallel", lambda n_jobs: lambda calls: n_jobs)
+    runs = {tmp_path / str(seed): Config(rounds=1, seed=seed) for seed in range(24)}
+    assert jobs.simulate_all(simulate, runs, None, None) == min(24, *cores.values())
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_command_in_a_notebook_leaves_streams_signals_and_warnings_as_they_were(number, monkeypatch):
     """A notebook's streams have no `reconfigure`. The kernel has a handler of its own."""

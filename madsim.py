@@ -253,7 +253,7 @@ class Config:
                 written["data_root"] = os.environ.get("MADSIM_DATA") or written["data_root"]
             settings = Settings(**{name: value for name, value in written["settings"].items() if name in of_mad})
             config = cls(**{name: written[name] for name in written.keys() & own} | {"settings": settings})
-            commit = (written.get("git") or {}).get("commit")
+            commit = (written.get("git") or {}).get("commit") or "unknown"
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error
             raise ValueError(f"{path} is damaged: {reason}") from None

@@ -412,11 +412,13 @@ def origin(members: Any) -> dict[str, Any]:
         except (OSError, subprocess.CalledProcessError):
             return None
 
-    status = git("status", "--porcelain", "--untracked-files=no")
+    commit = status = None
+    if git("ls-files", "--error-unmatch", "madsim.py"):  # else our folder may lie in a repository of something else
+        commit, status = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no", ".")
     packages = ("numpy", "scipy", "torch", "scikit-learn", "pandas")
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "git": {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)},
+        "git": {"commit": commit, "dirty": None if status is None else bool(status)},
         "versions": {"python": sys.version.split()[0]} | {package: version(package) for package in packages},
         "machine": {"device": str(members.device), "threads": members.threads, "cores": members.cores},
         "plugins": {Path(plugin).name: sha256 for plugin, sha256 in plugins.loaded.items()},

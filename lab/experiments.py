@@ -338,8 +338,9 @@ def results_of(folder: Path) -> dict[str, Any]:
         found[f"held_{name}"] = rounded(value)  # mean over the attackers
     found |= {"last": len(rounds), "data": data_in_words(about["data"]["name"], about["data"].get("note"))}
     code = [part["git"] for part in (about, *about.get("resumed", []))]  # another commit may have continued the run
-    found["commit"] = ", ".join(dict.fromkeys(str(part["commit"]) for part in code))
-    found |= {"dirty": any(part["dirty"] for part in code), "averaged": len(last)}
+    found["commit"] = ", ".join(dict.fromkeys(part["commit"] or "unknown" for part in code))
+    dirty = {part["dirty"] for part in code}
+    found |= {"dirty": True in dirty or (None if None in dirty else False), "averaged": len(last)}
     return found | {"last_exclusion": since["round"].iloc[0] if summary["excluded"] else float("nan")}
 
 
@@ -485,7 +486,7 @@ def tabulate(folder: Path, cells: list[tuple[Path, str, str]], command: str = ""
 def heading(name: str, table: Any, command: str) -> str:
     """The heading of an experiment's Markdown table: its name, its command, its data, and the commits of the code."""
     commits = ", ".join(sorted({commit for commits in table.commit for commit in commits.split(", ")}))
-    dirty = " (with changes)" if table.dirty.any() else ""
+    dirty = " (with changes)" if table.dirty.eq(True).any() else ""
     short = table[~table.complete]
     failed = [f"{run.row} {run.column}, seed {run.seed}, after round {run.last}" for run in short.itertuples()]
     ended = f" Ended early: {'; '.join(failed)}." * bool(failed)

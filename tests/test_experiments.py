@@ -22,7 +22,7 @@ from lab import experiments
 from lab.attacks import ATTACKS
 from lab.experiments import BYZFL, EXPERIMENTS, over_seeds
 from lab.rules import RULES
-from madsim import Config
+from madsim import Config, simulate
 from trust import PRESETS
 
 
@@ -159,7 +159,29 @@ def test_a_run_s_means_start_at_its_last_exclusion(returned, tmp_path):
     run = experiments.results_of(tmp_path)
     assert (run["averaged"], run["last"], run["last_exclusion"], run["honest_accuracy"]) == (3, 6, 4, 0.833333)
     assert run["fluctuation"] == pytest.approx(0.05 * 2**0.5, rel=1e-5)
+    assert (run["commit"], run["dirty"]) == ("abc", False)
     assert (run["malicious_clients"], run["excluded_clients"], run["images_of_clients"]) == ("1", "1", "30 20")
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "commit", "dirty", "words"),
+    [
+        ((None, None), (None, None), "unknown", None, "commit unknown. "),
+        (("abc", False), (None, None), "abc, unknown", None, "commit abc, unknown. "),
+        ((None, None), ("abc", True), "unknown, abc", True, "commit abc, unknown (with changes). "),
+    ],
+)
+def test_a_table_says_that_a_commit_is_unknown(first, then, commit, dirty, words, small, tmp_path):
+    config = Config(rounds=1)
+    simulate(config, tmp_path / config.name, dataset=small)
+    path = tmp_path / config.name / "config.json"
+    code = [{"git": dict(zip(("commit", "dirty"), part))} for part in (first, then)]
+    path.write_text(json.dumps(json.loads(path.read_text()) | code[0] | {"resumed": [code[1]]}))
+    table = experiments.tabulate(tmp_path, [(path.parent, "row", "")])
+    assert list(table[["commit", "dirty"]].iloc[0]) == [commit, dirty]
+    written = pd.read_csv(tmp_path / "table.csv")
+    assert written["commit"].item() == commit and written["dirty"].eq(True).item() == (dirty is True)
+    assert words in experiments.heading("fig3a", table, "python")
 
 
 def test_spans_of_rounds_by_hand(tmp_path):
@@ -260,7 +282,8 @@ def test_an_experiment_writes_its_tables(quick, grid, tmp_path, capsys):
     resumed.write_text(json.dumps(about | {"resumed": [{"git": {"commit": "abc", "dirty": True}}]}))
     assert main([*grid[:-1], "1", "--out", str(tmp_path)]) == 0  # the other seed's runs stay in the table
     runs = pd.read_csv(tmp_path / "grid" / "table.csv")
-    assert len(runs) == 4 and runs["dirty"].sum() >= 1 and sum(", abc" in commit for commit in runs["commit"]) == 1
+    assert len(runs) == 4 and runs["dirty"].eq(True).sum() >= 1
+    assert runs["commit"].str.contains(", abc").sum() == 1
     resumed.write_text(json.dumps(about | {"data": about["data"] | {"md5": "other"}}))
     assert main([*grid[:-1], "1", "--out", str(tmp_path)]) == 0  # but runs on other data do not
     runs = pd.read_csv(tmp_path / "grid" / "table.csv")

@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import shutil
+import subprocess
 import sys
 import types
 from dataclasses import replace
@@ -74,6 +76,39 @@ def test_config_json_holds_what_is_needed_to_run_it_again(small, tmp_path):
     assert set(written["versions"]) >= {"python", "numpy", "torch", "scikit-learn"}
     assert set(written["git"]) == {"commit", "dirty"}
     assert written["command"]
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")
+def test_a_commit_is_recorded_only_of_a_repository_that_tracks_the_code(tmp_path, monkeypatch):
+    """The code is a folder in another repository: unknown to it, ignored, added, committed and changed."""
+
+    def git(*words: str) -> str:
+        words = ("-c", "user.name=a", "-c", "user.email=a", *words)
+        return subprocess.run(["git", *words], cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+
+    def recorded() -> list:
+        members = types.SimpleNamespace(device="cpu", threads=1, cores={})
+        return list(log.origin(members)["git"].values())
+
+    code = tmp_path / "madsim"
+    code.mkdir()
+    monkeypatch.setattr(log, "__file__", str(code / "harness" / "log.py"))
+    assert recorded() == [None, None]  # there is no repository
+    git("init", "-q")
+    for path in (code / "madsim.py", tmp_path / "theirs.txt", tmp_path / ".gitignore"):
+        path.write_text("")
+    git("add", "theirs.txt")
+    git("commit", "-q", "-m", "theirs")
+    assert recorded() == [None, None]
+    (tmp_path / ".gitignore").write_text("madsim")
+    assert recorded() == [None, None]
+    git("add", "--force", "madsim")
+    assert recorded() == [git("rev-parse", "HEAD"), True]
+    git("commit", "-q", "-m", "ours")
+    (tmp_path / "theirs.txt").write_text("changed")
+    assert recorded() == [git("rev-parse", "HEAD"), False]
+    (code / "madsim.py").write_text("changed")
+    assert recorded() == [git("rev-parse", "HEAD"), True]
 
 
 def test_the_bar_shows_accuracies_clients_and_attackers_also_in_a_notebook(small, monkeypatch, capsys):

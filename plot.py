@@ -29,7 +29,7 @@ import numpy as np
 from harness import pages
 from harness.console import Parser, as_command, say, whole
 from harness.drawing import HONEST, LINES, band, band_title, bundles, line, new_figure, over_seeds, prepare, save
-from harness.folder import together
+from harness.folder import replace_file, together
 from harness.runs import (
     CURVES,
     LABELS,
@@ -341,7 +341,7 @@ def draw(folder: Path, parts: Sequence[Path], out: Path, report: bool, play: boo
             say(whole(pictures[name.as_posix()]))
         if report and (runs or pictures):
             out.mkdir(parents=True, exist_ok=True)
-            (out / "report.html").write_text(pages.report(runs, pictures, folder), encoding="utf-8")
+            replace_file(out / "report.html", pages.report(runs, pictures, folder))
             say(whole(out / "report.html"))
     return len(pictures)
 

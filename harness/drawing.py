@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.folder import printable, replace_file
 from harness.runs import Run, kinds, title
 
 if TYPE_CHECKING:
@@ -81,7 +83,7 @@ def add_legend(figure: Figure) -> None:
     entries: dict[str, Any] = {}
     for ax in figure.axes:
         handles, labels = ax.get_legend_handles_labels()
-        entries |= dict(zip((textwrap.fill(label, LABEL_WIDTH) for label in labels), handles))
+        entries |= dict(zip((textwrap.fill(printable(label), LABEL_WIDTH) for label in labels), handles))
     if not entries:
         return
     content: Any = {"handles": list(entries.values()), "labels": list(entries), "fontsize": "small"}
@@ -105,13 +107,18 @@ def axes_share(figure: Figure) -> float:
 def save(figure: Figure, path: Path) -> Path:
     """Write `path`.png, which is returned, and `path`.svg, with a legend, see `add_legend`."""
     import matplotlib
+    from matplotlib.text import Text
 
+    for text in figure.findobj(Text):
+        text.set_text(printable(text.get_text()))  # matplotlib can't draw the name of a folder that is not UTF-8
     add_legend(figure)
     figure.draw_without_rendering()  # lays out the figure, once for both files
     figure.set_layout_engine("none")
     path.parent.mkdir(parents=True, exist_ok=True)
     png, svg = (path.with_name(path.name + suffix) for suffix in (".png", ".svg"))
     with matplotlib.rc_context({"svg.hashsalt": "madsim"}):  # and no date: equal results give equal files
-        figure.savefig(png, dpi=DPI)
-        figure.savefig(svg, metadata={"Date": None})
+        for file, options in ((png, {"dpi": DPI}), (svg, {"metadata": {"Date": None}})):
+            content = io.BytesIO()
+            figure.savefig(content, format=file.suffix[1:], **options)
+            replace_file(file, content.getvalue())
     return png

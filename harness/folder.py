@@ -3,6 +3,7 @@
 The functions raise ValueError for damaged or unexpected files, and OSError for files that can't be read or written.
 """
 
+import io
 import json
 import math
 import os
@@ -202,8 +203,13 @@ def check_numbers(arrays: dict[str, np.ndarray]) -> None:
         raise ValueError("its numbers are out of range")
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Replace a file. After a kill or on a full disk, the file has either its old or its new content."""
+def replace_file(path: Path, content: bytes | str) -> None:
+    """Replace a file; a text is encoded as UTF-8. After a kill or on a full disk, the old or the new content is there.
+
+    All files that are written at once are written here.
+    """
+    if isinstance(content, str):
+        content = printable(content).encode()
     unfinished = path.with_name(path.name + ".part")
     try:
         with naming(unfinished), open(unfinished, "wb") as file:
@@ -225,6 +231,18 @@ def naming(path: Path) -> Iterator[None]:
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
+
+
+def replace_arrays(path: Path, arrays: dict[str, Any]) -> None:
+    """Replace an npz file, as `replace_file` does."""
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    replace_file(path, content.getvalue())
+
+
+def printable(text: str) -> str:
+    """The text with escapes such as \\udcff for what is no character: a byte of a name that is not UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def script(name: str) -> str:
@@ -254,7 +272,7 @@ def together(paths: Sequence[Path]) -> tuple[Path, list[Path]]:
 
 def write_json(path: Path, content: dict) -> None:
     """Write an object to a JSON file. NaN and infinity become null."""
-    replace_file(path, (json.dumps(plain(content), indent=2) + "\n").encode())
+    replace_file(path, json.dumps(plain(content), indent=2) + "\n")
 
 
 def read_json(path: Path) -> dict:

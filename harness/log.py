@@ -3,7 +3,6 @@
 Shapes: C clients, P parameters, t round.
 """
 
-import io
 import json
 import os
 import subprocess
@@ -31,7 +30,7 @@ from harness.folder import (
     read_json,
     refuse_changes,
     refuse_version,
-    replace_file,
+    replace_arrays,
     rounded,
     uninterrupted,
     write_json,
@@ -128,7 +127,8 @@ class Log:
             )
             of = self.dataset
             four = np.concatenate([np.flatnonzero(of.train_labels == label)[:2] for label in (0, 1)])  # for Fig. 2
-            np.savez(self.out / "samples.npz", images=of.train_images[four], labels=of.train_labels[four])
+            samples = {"images": of.train_images[four], "labels": of.train_labels[four]}
+            replace_arrays(self.out / "samples.npz", samples)
 
     def _reopen(self, w: np.ndarray, scores: State) -> tuple[np.ndarray, State]:
         """Put the folder back to its checkpoint; returns the checkpoint's weights and scores.
@@ -215,12 +215,11 @@ class Log:
     def _keep_images(self) -> None:
         """Write the true and the reconstructed images of the last measurement to leakage.npz."""
         if self.out:
-            content, arrays = io.BytesIO(), {}
+            arrays = {}
             for row, *pictures in self.reconstructed:
                 for name, images in zip(("true", "found"), pictures):
                     arrays[f"{name}_{row['steps']}_{row['images']}"] = ((images + 1) * 127.5).round().astype(np.uint8)
-            np.savez(content, **arrays)  # type: ignore[arg-type]  # mypy takes an array for an option
-            replace_file(self.out / "leakage.npz", content.getvalue())
+            replace_arrays(self.out / "leakage.npz", arrays)
 
     def _points(self, t: int, W: np.ndarray, scores: State, before: np.ndarray) -> list[list]:
         """The rows of plane.csv: the submissions W [C, P] as points of the `plane`. `before` are the last points."""
@@ -242,14 +241,12 @@ class Log:
         if self.out:
             for table in self.tables:
                 os.fsync(table.file.fileno())
-            content = io.BytesIO()
             arrays: dict[str, Any] = {"w": w, "marks": marks, "seconds": np.array(self.seconds[:t], float)}
             arrays |= {
                 "run": json.dumps(plain(self.identity)),
                 "kept_rounds": np.array([r for r in self.kept if r <= t], int),
             }
-            np.savez(content, **arrays, **vars(scores))
-            replace_file(self.out / CHECKPOINT, content.getvalue())
+            replace_arrays(self.out / CHECKPOINT, arrays | vars(scores))
         self.saved = time.perf_counter()
 
     @uninterrupted()

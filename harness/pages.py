@@ -16,7 +16,7 @@ from urllib.parse import quote
 import numpy as np
 
 from harness.console import say, whole
-from harness.folder import plain
+from harness.folder import plain, printable, replace_file
 from harness.runs import (
     CURVES,
     SCORES,
@@ -60,7 +60,7 @@ def write_players(runs: Sequence[Run], folder: Path, out: Path, hide: bool = Fal
 def write(page: str, path: Path) -> Path:
     """Write an HTML page and print its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    replace_file(path, page)
     say(whole(path))
     return path
 
@@ -150,7 +150,7 @@ def report(runs: Sequence[Run], pictures: Mapping[str, Path], folder: Path) -> s
     def image(name: str, path: Path) -> str:
         content, caption = base64.b64encode(path.read_bytes()).decode(), html.escape(name)
         picture = f'<img alt="{caption}" src="data:image/png;base64,{content}">'
-        return f'<figure id="{quote(name)}"><figcaption>{caption}</figcaption>{picture}</figure>'
+        return f'<figure id="{quote(printable(name))}"><figcaption>{caption}</figcaption>{picture}</figure>'
 
     def settings(run: Run) -> str:
         name, every = str(run.folder.relative_to(folder)), json.dumps(run.config, indent=2)
@@ -190,7 +190,7 @@ def runs_table(runs: Sequence[Run], pictures: Iterable[str], folder: Path) -> st
     def cell(tag: str, name: str, text: str) -> str:
         content, kind = html.escape(text), ' class="number"' * (name in NUMBERS)
         if name == "run" and text in figures:
-            content = f'<a href="#{quote(figures[text])}">{content}</a>'
+            content = f'<a href="#{quote(printable(figures[text]))}">{content}</a>'
         return f"<{tag}{kind}>{content}</{tag}>"
 
     common = "; ".join(f"{name} {rows[0][name]}" for name in same)

@@ -463,23 +463,23 @@ def tabulate(folder: Path, cells: list[tuple[Path, str, str]], command: str = ""
     table = tidy(cells)
     if table.empty:
         return table
-    replace_file(folder / "table.csv", table.to_csv(index=False).encode())
+    replace_file(folder / "table.csv", table.to_csv(index=False))
     if command:
         experiment, rounds = EXPERIMENTS[folder.name], int(table.rounds.max())
         parts = [markdown(over_seeds(table), heading(folder.name, table, command))]
         if experiment.spans and not (spans := over_spans(cells, experiment.scaled_spans(rounds))).empty:
-            replace_file(folder / "spans.csv", spans.to_csv(index=False).encode())
+            replace_file(folder / "spans.csv", spans.to_csv(index=False))
             groups = spans.groupby(["row", "column", "rounds"], sort=False)
             parts.append(markdown(means(groups, SPANNED), "Single rounds, or means over spans of rounds."))
         if not (leakage := over_leakage(cells)).empty:
-            replace_file(folder / "leakage.csv", leakage.to_csv(index=False).encode())
+            replace_file(folder / "leakage.csv", leakage.to_csv(index=False))
             groups = leakage.groupby(["row", "column", "seen"], sort=False)
             parts.append(markdown(means(groups, LEAKED), "Gradient inversion, over the seeds."))
         if experiment.reference:
             reference = experiment.named(experiment.reference, rounds)
             about = f"Differences from {reference}, paired over seeds: mean and 95 % interval (Student's t)."
             parts.append(markdown(differences(table, reference), about))
-        replace_file(folder / "table.md", "\n".join(parts).encode())
+        replace_file(folder / "table.md", "\n".join(parts))
     return table
 
 

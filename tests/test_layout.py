@@ -27,7 +27,7 @@ MAY = {  # file -> our files that it may import
     "harness.log": {"trust", "lab.privacy", "harness.plugins", "harness.console", "harness.folder", "harness.runs"},
     "harness.jobs": {"harness.folder", "harness.console"},
     "harness.runs": {"harness.folder", "harness.console"},
-    "harness.drawing": {"harness.runs"},
+    "harness.drawing": {"harness.folder", "harness.runs"},
     "harness.pages": {"harness.runs", "harness.folder", "harness.console"},
     "harness.console": PAPER | LAB | {"harness.folder", "harness.log", "harness.runs"},
     "harness.png": {"data", "madsim", "lab.attacks", "harness.cli", "harness.console"},
@@ -89,6 +89,20 @@ def test_a_script_checks_what_it_needs_before_it_imports_it(module):
     tree = ast.parse(path_of(module).read_text())
     before = imports(ast.Module(tree.body[: check_of(tree)], []))
     assert {name.split(".")[0] for name in before} <= sys.stdlib_module_names
+
+
+def test_one_function_writes_the_files_that_are_written_at_once():
+    """`replace_file` leaves the old or the new file, so nobody reads half of one."""
+    others = {"write_text", "write_bytes", "savez", "to_csv", "savefig"}
+    called = {
+        (module, ast.unparse(call))
+        for module in MAY
+        for call in ast.walk(ast.parse(path_of(module).read_text()))
+        if isinstance(call, ast.Call) and getattr(call.func, "attr", "") in others
+    }
+    into_memory = {f"{table}.to_csv(index=False)" for table in ("table", "spans", "leakage")}
+    into_memory |= {"np.savez(content, **arrays)", "figure.savefig(content, format=file.suffix[1:], **options)"}
+    assert {text for _, text in called} == into_memory
 
 
 def test_the_leaves_never_see_a_config():

@@ -24,6 +24,7 @@ from matplotlib.text import Text
 
 import plot
 from harness import runs
+from harness.console import as_command
 from harness.folder import together
 from harness.runs import TITLE_WIDTH, variants
 from madsim import Config
@@ -685,6 +686,46 @@ def test_a_long_title_is_folded_and_stays_within_the_figure(tmp_path):
     texts = [text for text in figure.findobj(Text) if "PneumoniaMNIST was not available" in text.get_text()]
     assert len(texts) == 1 and texts[0].get_text().count("\n") == 2
     assert texts[0].get_window_extent().x1 < figure.bbox.x1
+
+
+def test_names_that_are_not_utf_8_are_drawn_and_reported(tmp_path, capsys):
+    """Byte 0xE9 is an e with an acute accent in Latin-1. Two runs that look alike are told by their folders."""
+    name = os.fsdecode(b"caf\xe9")
+    try:
+        make_run(tmp_path / name / name / "z", samples=True)
+    except OSError:
+        pytest.skip("this file system has no such names")
+    make_run(tmp_path / name / name / name)
+    assert as_command(lambda: plot.main([str(tmp_path / name), "--report"])) == 0
+    assert (tmp_path / name / "figures" / name / f"trust-{name}.svg").is_file()
+    page = (tmp_path / name / "figures" / "report.html").read_text(encoding="utf-8")
+    assert "caf\\udce9/caf\\udce9</a></td>" in page and 'href="#caf%5Cudce9/trust-caf%5Cudce9"' in page
+    assert "caf\\udce9" in next(text for text in texts_of(tmp_path / name / name) if "caf" in text)
+
+
+def texts_of(folder):
+    """The labels in the legend of the first figure of a folder, as saved."""
+    (_, figure), *_ = plot.comparisons([plot.load_run(path) for path in plot.find_runs(folder)])
+    plot.save(figure, folder / "saved")
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+@pytest.mark.parametrize("option", ["--report", "--play"])
+def test_a_full_disk_leaves_the_files_of_the_last_call(tmp_path, capsys, monkeypatch, option):
+    folder = make_run(tmp_path / "a", samples=True)
+    write_csv(folder / "plane.csv", ["round", "client", "x", "y"], [(*row[:2], 0, 1) for row in CLIENT_ROWS])
+    assert plot.main([str(tmp_path), option]) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "figures").iterdir()}
+    (folder / "rounds.csv").write_text("".join((folder / "rounds.csv").read_text().splitlines(True)[:-1]))
+
+    def full(file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    capsys.readouterr()
+    assert plot.main([str(tmp_path), option]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("plot: [Errno 28] No space left on device: ")
+    assert {path: path.read_bytes() for path in (tmp_path / "figures").iterdir()} == before
 
 
 def test_svg_is_the_same_each_time(tmp_path):

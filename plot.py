@@ -329,10 +329,11 @@ def draw(folder: Path, parts: Sequence[Path], out: Path, report: bool, play: boo
 
     Returns their number.
     """
-    import matplotlib
+    from matplotlib import style
 
     pictures = {}
-    with matplotlib.rc_context({"text.parse_math": False}):  # a $ in the name of a folder is only a $
+    # The user's own matplotlibrc may ask for LaTeX, which may be missing. A $ in the name of a folder is only a $.
+    with style.context({"text.parse_math": False}, after_reset=True):
         runs = load_runs(parts, tables=not play)
         if play:
             return len(pages.write_players(runs, folder, out, hide))

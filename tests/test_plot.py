@@ -12,6 +12,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pandas
 import pytest
@@ -686,6 +687,24 @@ def test_a_long_title_is_folded_and_stays_within_the_figure(tmp_path):
     texts = [text for text in figure.findobj(Text) if "PneumoniaMNIST was not available" in text.get_text()]
     assert len(texts) == 1 and texts[0].get_text().count("\n") == 2
     assert texts[0].get_window_extent().x1 < figure.bbox.x1
+
+
+def test_figures_do_not_depend_on_the_users_matplotlibrc(tmp_path):
+    """With `text.usetex`, matplotlib needs LaTeX, which may be missing."""
+    make_run(tmp_path / "a", samples=True)
+    assert plot.main([str(tmp_path), "--out", str(tmp_path / "usual")]) == 0
+    strange = {
+        "text.usetex": True,
+        "font.size": 30,
+        "lines.linewidth": 9,
+        "savefig.bbox": "tight",
+        "svg.fonttype": "none",
+    }
+    with matplotlib.rc_context(strange):
+        assert plot.main([str(tmp_path), "--out", str(tmp_path / "strange")]) == 0
+        assert matplotlib.rcParams["text.usetex"]  # a notebook keeps its settings
+    for path in (tmp_path / "usual").iterdir():
+        assert path.read_bytes() == (tmp_path / "strange" / path.name).read_bytes()
 
 
 def test_names_that_are_not_utf_8_are_drawn_and_reported(tmp_path, capsys):

@@ -27,7 +27,7 @@ import numpy as np
 
 import data
 from harness import plugins
-from harness.folder import identity, read_json
+from harness.folder import fitting, identity, read_json
 from harness.jobs import usable_cores
 from harness.log import Log
 from lab.attacks import ATTACKS, Attack
@@ -215,7 +215,7 @@ class Config:
         """The name of the run's folder, made from what differs from the defaults: `mad500-s0`, `nomad-clients20-s3`.
 
         Runs with different settings have different names. A word follows its setting's name if several settings know
-        it, or if it ends like one with a number.
+        it, or if it ends like one with a number. The last part of a long name becomes a hash.
         """
         parts = ["nomad" if self.mad_start is None else f"mad{self.mad_start}"]
         preset = min(PRESETS, key=lambda name: len(_differences(self.settings, PRESETS[name])))
@@ -229,7 +229,7 @@ class Config:
             number = re.sub("[:>,]", "-", number)  # of byzfl's rules, and of `inverted`
             alone = number == value and not value[-1:].isdigit() and sum(value in words for words in known) == 1
             parts.append(number if alone else name.replace("_", "") + number)
-        return "-".join([*parts, f"s{self.seed}"])
+        return fitting("-".join(parts), f"-s{self.seed}")
 
     @classmethod
     def read(cls, folder: str | Path) -> "Config":

@@ -29,7 +29,7 @@ import numpy as np
 from harness import pages
 from harness.console import Parser, as_command, say, whole
 from harness.drawing import HONEST, LINES, band, band_title, bundles, line, new_figure, over_seeds, prepare, save
-from harness.folder import replace_file, together
+from harness.folder import fitting, replace_file, together
 from harness.runs import (
     CURVES,
     LABELS,
@@ -236,7 +236,7 @@ def figures(runs: Sequence[Run], folder: Path, parts: Sequence[Path] = ()) -> It
             for name, figure in comparisons(members):
                 yield group / name, figure
         for sharing in alike(members):
-            yield group / f"trust-{sharing[0].name}", scores_figure(sharing)
+            yield group / f"trust-{fitting(sharing[0].name)}", scores_figure(sharing)
 
 
 def comparisons(runs: Sequence[Run]) -> Iterator[tuple[str, Figure]]:

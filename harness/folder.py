@@ -3,6 +3,7 @@
 The functions raise ValueError for damaged or unexpected files, and OSError for files that can't be read or written.
 """
 
+import hashlib
 import io
 import json
 import math
@@ -19,6 +20,7 @@ import numpy as np
 
 CHECKPOINT = "checkpoint.npz"
 VERSION = 2  # of what a run computes. 1: a network with two ReLUs less, K-means from one start, `--spread centre`
+LONGEST = 240  # bytes of a run's name: its longest file is trust-NAME.png.part, and file systems allow 255
 DIGITS = 6  # significant digits of all written numbers: more than an average of float32 numbers holds
 
 
@@ -238,6 +240,14 @@ def replace_arrays(path: Path, arrays: dict[str, Any]) -> None:
     content = io.BytesIO()
     np.savez(content, **arrays)
     replace_file(path, content.getvalue())
+
+
+def fitting(name: str, end: str = "") -> str:
+    """`name` and `end`, which stays. If they are longer than LONGEST, a hash of `name` stands for its last part."""
+    if len(os.fsencode(name + end)) <= LONGEST:
+        return name + end
+    end = f"-{hashlib.sha256(os.fsencode(name)).hexdigest()[:12]}{end}"
+    return os.fsencode(name)[: LONGEST - len(os.fsencode(end))].decode(errors="ignore") + end
 
 
 def printable(text: str) -> str:

@@ -16,7 +16,7 @@ from urllib.parse import quote
 import numpy as np
 
 from harness.console import say, whole
-from harness.folder import plain, printable, replace_file
+from harness.folder import fitting, plain, printable, replace_file
 from harness.runs import (
     CURVES,
     SCORES,
@@ -51,7 +51,7 @@ def write_players(runs: Sequence[Run], folder: Path, out: Path, hide: bool = Fal
         except ValueError as error:
             say(f"{run.folder}: not played, {error}", sys.stderr)
             continue
-        written.append(write(page, out / run.folder.relative_to(folder).parent / f"play-{run.name}.html"))
+        written.append(write(page, out / run.folder.relative_to(folder).parent / f"play-{fitting(run.name)}.html"))
     if len(written) == 2 and not hide:
         return [write(side_by_side(*written), out / "side-by-side.html")]
     return written
@@ -69,7 +69,7 @@ def side_by_side(*players: Path) -> str:
     """The HTML page that plays two runs side by side, round by round: both pages in one."""
     template = Template((TEMPLATES / "beside.html").read_text(encoding="utf-8"))
     frame = '<iframe name="beside" title="{}" srcdoc="{}"></iframe>'.format
-    frames = [frame(*map(html.escape, (path.stem, path.read_text(encoding="utf-8")))) for path in players]
+    frames = [frame(*map(html.escape, (printable(path.stem), path.read_text(encoding="utf-8")))) for path in players]
     return template.substitute(runs="\n".join(frames))
 
 
@@ -220,7 +220,7 @@ def figures_of(runs: Sequence[Run], pictures: Iterable[str], folder: Path) -> di
         figures = [(name, members) for name in own[:1]]
         for group in alike(members):
             shown = [of_kind[0] for of_kind in kinds(group).values()]
-            figures.append(((place / f"trust-{group[0].name}").as_posix(), shown))
+            figures.append(((place / f"trust-{fitting(group[0].name)}").as_posix(), shown))
         for name, group in figures:
             found |= {str(run.folder.relative_to(folder)): name for run in group if name in own}
     return found

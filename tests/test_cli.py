@@ -17,6 +17,7 @@ import torch
 from conftest import command, refusal
 
 import data
+import plot
 from harness import cli, jobs
 from harness.cli import main
 from harness.console import as_command, minutes
@@ -40,6 +41,29 @@ def test_a_client_that_submits_nan_is_out_at_once_and_named(small, tmp_path, qui
         assert f"client {client} (attacker, submitted NaN or infinity) in round 1" in printed
     rounds = pd.read_csv(tmp_path / "nomad-rounds3-nan-phantom-s0" / "rounds.csv")
     assert rounds.notna().all(axis=None)  # NaN reached neither the scores nor the average
+
+
+def test_a_run_with_two_dozen_options_has_a_folder_a_page_and_figures(quick, tmp_path, capsys):
+    """Their names have at most 255 bytes. The seeds share a row of the table, and the same command finds them again."""
+    options = """
+        --rounds 2 --mad-start 1 --clients 4 --malicious 0.25 --attack stumble --strength 0.25 --burst 2
+        --attack-start 2 --attack-period 1 --partition dirichlet --concentration 0.75 --rule median --lr 0.00125
+        --batch-size 25 --initial-weights kaiming --dataset phantom --method loop --silhouette 0.125 --outlying 1.375
+        --scale-floor 0.625 --spread centre --floored always --alpha 0.375 --beta-reputation 0.625 --beta-trust 0.875
+        --threshold 0.125 --order smooth-clip --excluded observed --decision next --first lowest
+        --nobody-left everybody --judged reputation
+    """
+    words = [*options.split(), "--seeds", "2", "--jobs", "1", "--play", "--out", str(tmp_path)]
+    assert main(words) == 0
+    names = [path.name for path in sorted(tmp_path.glob("*-s*"))]
+    assert all(name.startswith("mad1-testbed-rounds2-clients4-malicious0.25-stumble-attackstart2-") for name in names)
+    assert [name[-3:] for name in names] == ["-s0", "-s1"] and set(map(len, names)) == {240}
+    assert pd.read_csv(tmp_path / "table.csv")["row"].tolist() == [names[0][:-3]] * 2
+    assert plot.main([str(tmp_path)]) == 0
+    figures = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert figures >= {f"trust-{names[0]}.png", f"trust-{names[0]}.svg", *(f"play-{name}.html" for name in names)}
+    capsys.readouterr()
+    assert main(words) == 0 and "is complete" in capsys.readouterr().out
 
 
 @pytest.mark.slow

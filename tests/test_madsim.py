@@ -1,5 +1,6 @@
 """Tests of madsim.py: whole runs that check the paper's claims."""
 
+import hashlib
 import json
 import warnings
 from dataclasses import fields, replace
@@ -141,6 +142,22 @@ def test_different_runs_have_different_names():
     configs = [Config(**options) for options in each] + [Config(settings=Settings(**options)) for options in settings]
     configs += [Config(settings=preset) for preset in PRESETS.values()]
     assert len({config.name for config in configs}) == len(set(configs)) == 19
+
+
+def test_a_long_name_keeps_its_beginning_and_seed_and_has_a_hash_for_the_rest():
+    """The hash is the SHA-256 of the whole name without its seed, as `printf NAME | sha256sum` gives it."""
+    begin = "nomad-rounds1-leakage1-inverted"
+
+    def named(letters, seed):
+        return Config(rounds=1, leakage=1, inverted="x" * letters, seed=seed).name
+
+    assert named(206, 0) == f"{begin}{'x' * 206}-s0" and len(named(206, 0)) == 240  # the longest that stays as it is
+    longer = begin + "x" * 207
+    hashed = hashlib.sha256(longer.encode()).hexdigest()[:12]
+    assert named(207, 0) == f"{longer[:224]}-{hashed}-s0" and len(named(207, 0)) == 240
+    assert named(207, 1) == f"{longer[:224]}-{hashed}-s1"  # seeds of a run share what precedes the seed
+    assert named(206, 10) == f"{longer[:223]}-{hashlib.sha256(longer[:-1].encode()).hexdigest()[:12]}-s10"
+    assert named(208, 0) != named(207, 0) and named(5000, 2**63 - 1).endswith(f"-s{2**63 - 1}")
 
 
 def test_a_fraction_that_makes_nobody_malicious_is_said():

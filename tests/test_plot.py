@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from urllib.parse import quote
 
 import matplotlib
 import numpy as np
@@ -745,6 +746,17 @@ def test_a_full_disk_leaves_the_files_of_the_last_call(tmp_path, capsys, monkeyp
     assert plot.main([str(tmp_path), option]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("plot: [Errno 28] No space left on device: ")
     assert {path: path.read_bytes() for path in (tmp_path / "figures").iterdir()} == before
+
+
+def test_figures_and_pages_of_a_folder_with_a_long_name_have_names_that_fit(tmp_path):
+    """255 bytes, the most that a file system allows: a prefix and a suffix do not fit."""
+    folder = make_run(tmp_path / ("é" * 127), samples=True)
+    write_csv(folder / "plane.csv", ["round", "client", "x", "y"], [(*row[:2], 0, 1) for row in CLIENT_ROWS])
+    assert plot.main([str(tmp_path), "--report"]) == plot.main([str(tmp_path), "--play"]) == 0
+    (trust,) = (tmp_path / "figures").glob("trust-*.png")
+    (page,) = (tmp_path / "figures").glob("play-*.html")
+    assert len(os.fsencode(trust.name)) <= 250 and trust.stem[6:] == page.stem[5:]
+    assert f'href="#{quote(trust.stem)}"' in (tmp_path / "figures" / "report.html").read_text(encoding="utf-8")
 
 
 def test_svg_is_the_same_each_time(tmp_path):

@@ -20,7 +20,7 @@ import data
 from harness import cli, needs
 from harness.log import MEMBERSHIP_COLUMNS, ROUND_COLUMNS
 from harness.runs import counted
-from lab.attacks import ATTACKS
+from lab.attacks import ATTACKS, Attack
 from lab.experiments import EXPERIMENTS, OUTCOME
 from lab.partitions import PARTITIONS
 from lab.rules import RULES
@@ -316,9 +316,65 @@ def test_the_lessons_commands_are_understood():
 def test_the_late_liars_of_the_lesson(real, changed, excluded):
     """Part 5 of the lesson, and the solution of exercise 6."""
     settings = replace(PRESETS["paper"], **changed)
-    result = simulate(Config(rounds=26, attack_start=20, mad_start=10, settings=settings), dataset=real)
+    result = simulate(Config(rounds=26, attack_start=20, mad_start=10, seed=6, settings=settings), dataset=real)
     liars = result.summary["malicious"]
     assert result.summary["excluded"] == (dict.fromkeys(liars, excluded) if excluded else {})
+
+
+def accuracy(result, rounds=None):
+    """The honest accuracy in the last round, or the mean over so many last rounds, as a page says it."""
+    values = result.rounds["honest_accuracy"]
+    return f"{values.iloc[-1] if rounds is None else values.tail(rounds).mean():.3f}"
+
+
+@pytest.mark.slow
+def test_the_numbers_of_the_lessons_first_runs(real):
+    honest, attacked = (simulate(Config(rounds=60, malicious=share), dataset=real) for share in (0.0, 0.2))
+    page, losses = " ".join(LESSON.split()), attacked.rounds["loss"]
+    assert f"accuracy is {accuracy(attacked)} instead of {accuracy(honest)}" in page
+    assert f"rounds is {losses.tail(50).mean():.3f}, and in round 60 it is {losses.iloc[-1]:.3f}" in page
+
+
+@pytest.mark.slow
+def test_a_tenth_of_the_step_is_missed_as_the_solutions_say(real, monkeypatch):
+    poison = ATTACKS["label_flip"].poison
+    monkeypatch.setitem(ATTACKS, "shy", Attack("", poison=poison, submit=lambda W, w, rng: w + 0.1 * (W - w)))
+    short, long = (simulate(Config(rounds=n, mad_start=10, attack="shy"), dataset=real) for n in (15, 60))
+    assert short.summary["excluded"] == long.summary["excluded"] == {}
+    page = " ".join(SOLUTIONS.split())
+    assert f"and {accuracy(short)}. Over 60" in page and f"is then {accuracy(long)}, as good" in page
+
+
+@pytest.mark.slow
+def test_the_rules_of_the_solutions_against_four_that_hug(real):
+    hug = Config(rounds=60, attack="hug", malicious=0.4, seed=4)
+    rows = dict(
+        re.findall(
+            r"^\| `(\w+)`(?!, w)[^|]*\| (0\.\d{3} \| 0\.\d{3}) \|$", SOLUTIONS.replace("`, `", "_"), re.MULTILINE
+        )
+    )
+    assert len(rows) == 5 and (honest := re.search(r"`mean`, without an attack \| (.*) \|", SOLUTIONS))
+    for rule, row in rows.items():
+        for name in ("median", "trimmed_mean") if rule == "median_trimmed_mean" else (rule,):
+            result = simulate(replace(hug, rule=name), dataset=real)
+            assert (name, f"{accuracy(result)} | {accuracy(result, 50)}") == (name, row)
+    result = simulate(Config(rounds=60, malicious=0.0, seed=4), dataset=real)
+    assert f"{accuracy(result)} | {accuracy(result, 50)}" == honest[1]
+    assert simulate(replace(hug, rounds=12, mad_start=10), dataset=real).summary["excluded"] == {}
+
+
+@pytest.mark.slow
+def test_honest_clients_are_excluded_as_the_solutions_say(real):
+    plain = replace(PRESETS["paper"], clusters=1, scale_floor=0.0)
+    result = simulate(Config(rounds=10, malicious=0.0, mad_start=5, settings=plain), dataset=real)
+    assert sorted(result.summary["excluded"].values()).count(5) == 4  # at once
+    active = result.rounds.set_index("round")["active"]
+    assert active[8] == 1 < active[7]
+    config = Config(rounds=30, malicious=0.0, mad_start=10, partition="dirichlet", concentration=0.5)
+    result, page = simulate(config, dataset=real), " ".join(SOLUTIONS.split())
+    images = result.summary["training_images"]
+    assert result.summary["excluded"] == {6: 25} and max(images) == images[6]
+    assert f"trains on {images[6]} images. All clients together train on {sum(images)} images" in page
 
 
 @pytest.mark.slow

@@ -346,7 +346,7 @@ return [before, ...at, ...after, differs, text("story"), document.body.className
     seen = driven(tmp_path / "never", MOVE + script)
     kind = {True: "attacker", False: "honest"}[first[0] in real["malicious"]]
     assert seen[:3] == ["MAD starts in round 5", 5, f"Excluded: client {first[0]} ({kind}) in round 5"]
-    assert seen[3].startswith("Exact up to round 5, ") and "From round 6 on a what-if" in seen[3]
+    assert seen[3].startswith("Exact up to round 5. ") and seen[3].endswith("later rounds are a what-if.")
     assert seen[4:13] == ["whatif", False, *[True] * 7]  # the curves are shaded from round 5 on
     assert seen[13:] == [None, "MAD never starts: nobody is excluded", ""]
 
@@ -481,18 +481,56 @@ def test_a_client_is_chosen_by_mouse_or_keys_and_left_again(tmp_path):
 const seen = [], press = (target, key) => target.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
 const look = () => seen.push([chosen, ...["accuracy", "loss", "path", "sums"].map((id) => byId(id).checkVisibility())]);
 const column = (client) => byId("bars").querySelector(`[data-client="${client}"]`);
+const takesFocus = (target) => {
+  const down = new MouseEvent("mousedown", { bubbles: true, cancelable: true });
+  target.dispatchEvent(down);
+  return !down.defaultPrevented;
+};
 look(); click(column(1)); look(); click(column(2)); look(); click(column(2)); look();
 column(0).focus(); press(column(0), "Enter"); look(); press(document, "Escape"); look();
 click(column(1)); byId("back").click(); look();
-const down = new MouseEvent("mousedown", { bubbles: true, cancelable: true });
-column(1).dispatchEvent(down); seen.push(down.defaultPrevented); // it takes no focus, so that the space bar plays
+seen.push([column(1), byId("undo"), byId("slider")].map(takesFocus)); // without focus, the space bar plays
+column(3).dispatchEvent(new PointerEvent("pointermove", { bubbles: true })); const tip = byId("tip").hidden;
+click(column(3)); seen.push([tip, byId("tip").hidden]); click(column(3)); // its numbers would be those of before
 click(column(1)); press(document, "h"); look(); press(document, "r"); look();
 return seen;
 """
     seen = driven(of_ten(tmp_path / "a"), PATH + script)
     curves, path = [True, True, False, False], [False, False, True, True]
     assert seen[:7] == [[None, *curves], [1, *path], [2, *path], [None, *curves], [0, *path], *[[None, *curves]] * 2]
-    assert seen[7:] == [True, [None, *curves], [None, *curves]]  # the guess tells nothing of the chosen client
+    assert seen[7:9] == [[False, False, True], [False, True]]
+    assert seen[9:] == [[None, *curves], [None, *curves]]  # the guess tells nothing of the chosen client
+
+
+@pytest.mark.slow
+@needs_browser
+def test_curves_are_drawn_without_smoothing_what_happens_and_with_round_axes(tmp_path):
+    """The running mean covers 3 of 40 rounds. It crosses neither the attack's start nor an exclusion."""
+    rows = [(t, c, int(c == 2), int(c < 2 or t < 21), 0.9, 0.9) for t in range(1, 41) for c in range(3)]
+    folder = playable(tmp_path / "a", rows=rows, rounds=40, attack_start=11)
+    losses = [0.2] * 10 + [0.85] * 10 + [0.2] * 20
+    write_csv(folder / "rounds.csv", ROUND_COLUMNS, [(t, loss, 0.5, 0.5, 0) for t, loss in enumerate(losses, 1)])
+    script = """
+show(39);
+const ticks = (id) => [...byId(id).querySelectorAll("text")].slice(0, 3).map((text) => text.textContent);
+return [runningMean(run.loss), runningMean([1, ...run.loss.slice(1)]).slice(0, 3), ticks("loss"), rounded(0.1)];
+"""
+    mean, first, ticks, tenth = driven(folder, script)
+    assert mean == pytest.approx(losses) and first == pytest.approx([0.6, 1.4 / 3, 0.2])
+    assert ticks == ["0.00", "0.50", "1.00"] and tenth == pytest.approx(0.1)
+
+
+@pytest.mark.slow
+@needs_browser
+def test_no_mark_hides_the_number_of_a_ring(tmp_path):
+    script = """
+return run.rounds.map((_, i) => { show(i); const em = parseFloat(getComputedStyle(byId("plane")).fontSize);
+  const box = (element) => element.getBoundingClientRect();
+  const marks = [...byId("plane").querySelectorAll("g")].map(box);
+  return [...byId("plane").querySelectorAll("text.soft")].map(box).filter((text) => marks.some((mark) =>
+    mark.left < text.right && mark.right > text.left && mark.top < text.bottom && mark.bottom > text.top)).length; });
+"""
+    assert driven(of_ten(tmp_path / "a"), script, size=(1280, 720)) == [0] * 8
 
 
 # ---------------------------------------------------------------- two runs side by side
@@ -572,7 +610,7 @@ GUESS = """
 const seen = [], press = (target, key) => target.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
 const look = () => seen.push({
   marks: [...new Set([...byId("plane").querySelectorAll("g")].map((mark) =>
-    mark.firstChild.tagName + " " + getComputedStyle(mark).fill + " " + getComputedStyle(mark).opacity))].length,
+    [mark.firstChild.tagName, getComputedStyle(mark).fill, getComputedStyle(mark.firstChild).opacity].join()))].length,
   told: document.body.innerText.match(/attacker|honest(?! clients)|trust|reputation|excluded/gi) ?? [],
   votes: [...byId("bars").querySelectorAll(".number")].map((label) => label.textContent),
   story: byId("story").textContent, verdict: byId("verdict").innerText, round: run.rounds[frame], last: end(),
@@ -614,7 +652,7 @@ def test_who_is_malicious_is_hidden_until_all_have_voted(tmp_path, hide):
     assert revealed["story"] == "Excluded: client 0 (attacker) in round 4"
     assert revealed["verdict"].split("\n") == [
         "Malicious: 0, 1.",
-        "1 of 3 votes right: client 0 (attacker) 1, first in round 2; client 2 (honest) 2, first in round 2.",
+        "1 of 3 votes right: client 0 (attacker): 1 vote from round 2 on; client 2 (honest): 2 votes from round 2 on.",
         "MAD excluded 1 of 2 attackers.",
     ]
 
@@ -636,9 +674,10 @@ def test_how_many_rounds_mad_needed_by_hand(tmp_path):
         [[1, 0, 0], [None, None, None], None, 1],
     ]
     several, later, wrong, nobody, never = driven(playable(tmp_path / "a"), VERDICTS % json.dumps(cases))
-    assert "MAD needed 2 rounds: it and the attack were on from round 10, all attackers were out in round 12" in several
-    assert "MAD needed 3 rounds: it and the attack were on from round 20" in later
-    assert "MAD needed 0 rounds" in wrong and "Excluded by mistake: 1." in wrong
+    both_on = "it and the attack were on from round"
+    assert f"MAD needed 2 rounds: {both_on} 10, and all attackers were out in round 12" in several
+    assert f"MAD needed 3 rounds: {both_on} 20" in later
+    assert "MAD excluded all attackers at once, in round 10." in wrong and "Excluded by mistake: 1." in wrong
     assert nobody == "Nobody is malicious.\nNobody voted." and never.endswith("MAD never started.")
 
 

@@ -51,7 +51,7 @@ def simulate(
     `dataset` is given, no data set is loaded. `bar` shows a progress bar. Several threads may call this function. Warns
     if the phantom replaces PneumoniaMNIST. Raises ValueError for invalid input or a folder that can't be resumed,
     OSError for data or folders that can't be read or written, FloatingPointError if all clients diverge, RuntimeError
-    in a fork of a process in which PyTorch has computed: start processes with spawn, forkserver or joblib.
+    if PyTorch refuses to compute in a fork of a process in which it has computed.
     """
     initial_weights = import_model().initial_weights
     if dataset is None:

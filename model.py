@@ -47,8 +47,8 @@ entered = local()  # per thread of Python: whether it is inside `own_modes`
 def own_modes() -> Iterator[None]:
     """Inside the block PyTorch has its usual modes, whatever the caller has set, and one thread; see `in_threads`.
 
-    The caller's modes and number of threads return afterwards. Raises RuntimeError if PyTorch can't compute because
-    this process is a fork of one in which it has computed before.
+    The caller's modes and number of threads return afterwards. Raises RuntimeError if PyTorch refuses to compute
+    because this process is a fork of one in which it has computed before.
     """
     if getattr(entered, "own_modes", False):
         yield

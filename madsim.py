@@ -6,10 +6,10 @@ Medical Imaging Model Anomaly Detection" (Korobeinikov, Chuprov, Reznik). `simul
 Shapes: C clients, P parameters, t round.
 """
 
-if __name__ == "__main__":
-    from harness.needs import check
+import runpy
+from pathlib import Path
 
-    check()
+runpy.run_path(str(Path(__file__).parent / "harness" / "needs.py"))["check"](__name__)
 
 import os
 import re
@@ -20,7 +20,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from functools import cache
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import numpy as np

@@ -14,14 +14,15 @@ The plot functions take matplotlib Axes and leave the legend to the caller, so a
 
 from __future__ import annotations
 
-if __name__ == "__main__":
-    from harness.needs import check
+import runpy
+from pathlib import Path
 
-    check("numpy", "pandas", "matplotlib")
+runpy.run_path(str(Path(__file__).parent / "harness" / "needs.py"))["check"](
+    __name__, modules=("lab", "harness"), packages=("numpy", "pandas", "matplotlib")
+)
 
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np

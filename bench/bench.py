@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 if __name__ == "__main__":
     from harness.needs import check
 
-    check()
+    check(__name__)
 
 import numpy as np
 import torch

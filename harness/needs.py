@@ -1,6 +1,7 @@
 """Whether this Python can run madsim. The scripts ask this before they import anything else.
 
-So this file runs on any Python from 3.8 on, and without any package.
+So this file runs on any Python from 3.8 on, and without any package. They run it by its path, because `import harness`
+may find another folder of this name.
 """
 
 import sys
@@ -9,16 +10,24 @@ from pathlib import Path
 from shutil import get_terminal_size
 from textwrap import fill
 
+HERE = Path(__file__).resolve().parents[1]  # madsim's folder
 OLDEST = (3, 11)  # the oldest Python that the tests have passed with
 SET_UP = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt"  # as in the README
+OURS = ("data", "model", "trust", "lab", "harness")  # what `import madsim` imports of ours
 MODULES = {"scikit-learn": "sklearn"}  # packages whose modules have another name
 
 
-def check(*packages):
-    """End the program with one line and exit status 2 if Python is too old or if packages are missing.
+def check(caller, modules=OURS, packages=()):
+    """Check what a script needs. `caller` is its `__name__`.
 
-    `packages` are the names of those that the program needs; by default, all of requirements.txt.
+    A command finds our files first, also with Python's options -P and -I. It ends with one line and exit status 2 if
+    Python is too old or if one of the `packages` (by default, all of requirements.txt) is missing. An import raises
+    ImportError if Python finds another file for one of our `modules`.
     """
+    if caller != "__main__":
+        return refuse_others(modules)
+    if sys.path[0] != str(HERE):
+        sys.path.insert(0, str(HERE))
     if sys.version_info < OLDEST:
         oldest, this = (".".join(map(str, version[:3])) for version in (OLDEST, sys.version_info))
         refuse(f"Python {oldest} or newer is needed; this is Python {this}. With a newer one: {SET_UP}")
@@ -28,9 +37,19 @@ def check(*packages):
         refuse(f"missing packages: {', '.join(missing)}; {way}")
 
 
+def refuse_others(modules):
+    """Raise ImportError if Python finds another file for one of our modules."""
+    for name in modules:
+        spec = find_spec(name)
+        found = spec and spec.origin and Path(spec.origin).resolve()  # None if there is none
+        if found and found.parent not in (HERE, HERE / name):
+            way = f"rename it, or put {HERE} first in sys.path; then start Python anew"
+            raise ImportError(f"`import {name}` finds {found}, not madsim's {name}; {way}")
+
+
 def required():
     """The names of the packages in requirements.txt."""
-    lines = (Path(__file__).parents[1] / "requirements.txt").read_text().splitlines()
+    lines = (HERE / "requirements.txt").read_text().splitlines()
     return [line.split(">=")[0] for line in lines if not line.startswith("#")]
 
 

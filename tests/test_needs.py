@@ -5,6 +5,7 @@ import importlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,10 +21,10 @@ WAY = (
 )
 
 
-def bare(*words: str, packages: str = "") -> subprocess.CompletedProcess:
-    """Run Python without installed packages, except those in the folder `packages`."""
+def bare(*words: str, packages: str = "", cwd: Path = HERE) -> subprocess.CompletedProcess:
+    """Run Python without installed packages, except those in the folders `packages`."""
     environment = {**os.environ, "PYTHONPATH": packages}
-    return subprocess.run([sys.executable, "-S", *words], cwd=HERE, env=environment, capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-S", *words], cwd=cwd, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -53,11 +54,62 @@ def test_an_import_raises_as_usual(module):
     assert done.returncode == 1 and done.stderr.endswith("\nModuleNotFoundError: No module named 'numpy'\n")
 
 
+# ---------------------------------------------------------------- other files with our names
+
+
+@pytest.mark.parametrize("name", ["data.py", "model/__init__.py", "trust.py", "lab/__init__.py", "harness/__init__.py"])
+@pytest.mark.parametrize("script", ["madsim", "plot"])
+def test_a_file_that_hides_one_of_ours_is_named(script, name, tmp_path):
+    """A folder of a user has such a file, and is searched first. `plot` imports only lab and harness."""
+    other = tmp_path / name
+    other.parent.mkdir(exist_ok=True)
+    other.write_text("1 / 0")  # it is not run
+    last = bare("-c", f"import {script}", packages=str(HERE), cwd=tmp_path).stderr.splitlines()[-1]
+    module = name.split("/")[0].removesuffix(".py")
+    if script == "plot" and module not in ("lab", "harness"):
+        assert last == "ModuleNotFoundError: No module named 'numpy'"
+    else:
+        way = f"rename it, or put {HERE} first in sys.path; then start Python anew"
+        assert last == f"ImportError: `import {module}` finds {other}, not madsim's {module}; {way}"
+
+
+def test_a_module_that_is_imported_already_is_named(tmp_path):
+    (tmp_path / "data.py").touch()
+    code = f"import data, sys; sys.path.insert(0, {str(HERE)!r}); import madsim"
+    assert f"ImportError: `import data` finds {tmp_path / 'data.py'}, not" in bare("-c", code, cwd=tmp_path).stderr
+
+
+def test_folders_without_code_and_links_to_our_files_hide_nothing(tmp_path):
+    """A folder `data` with images, for example. The third folder has links to all of our files."""
+    here, linked = tmp_path / "here", tmp_path / "linked"
+    for folder in (here / "data", here / "lab", linked):
+        folder.mkdir(parents=True)
+    for path in (*HERE.glob("*.py"), HERE / "lab", HERE / "harness"):
+        (linked / path.name).symlink_to(path)
+    for folder in (str(HERE), str(linked)):
+        done = bare("-c", "import madsim", packages=folder, cwd=here)
+        assert done.stderr.splitlines()[-1] == "ModuleNotFoundError: No module named 'numpy'"
+
+
+@pytest.mark.parametrize("option", ["-P", "-I"])
+@pytest.mark.parametrize(("script", "words"), [("madsim", "--list"), ("data", "--help"), ("plot", "--help")])
+def test_a_command_finds_our_files_first_also_with_an_option_that_hides_them(script, words, option, tmp_path):
+    for name in ("data", "harness"):
+        (tmp_path / f"{name}.py").write_text("1 / 0")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, option, HERE / f"{script}.py", words]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and len(done.stdout) > 500
+
+
+# ---------------------------------------------------------------- versions
+
+
 def test_an_old_python_is_refused_in_one_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench/bench.py"])
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.setattr(sys, "version_info", (3, 10, 13, "final", 0))
-        needs.check()
+        needs.check("__main__")
     assert stop.value.code == 2
     assert (
         capsys.readouterr().err
@@ -66,7 +118,7 @@ def test_an_old_python_is_refused_in_one_line(monkeypatch, capsys):
 
 
 def test_where_nothing_is_missing_nothing_is_said(capsys):
-    needs.check()
+    needs.check("__main__")
     assert capsys.readouterr() == ("", "")
 
 

@@ -35,6 +35,7 @@ from harness.runs import (
     CURVES,
     LABELS,
     MOST_LINES,
+    MOST_NAMED,
     SCORES,
     Run,
     alike,
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
 
 MARKERS = "^sDvoP*X"
 ATTACKER, THRESHOLD = "#D55E00", "#0072B2"
+MOST_CLIENTS = 20  # ours: with more, the lines of honest clients cover each other
 
 
 # ---------------------------------------------------------------- Fig. 2 and Fig. 3
@@ -140,57 +142,65 @@ def running_mean(values: Any, window: int) -> Any:
 
 
 def plot_score(ax: Axes, run: Run, score: str) -> None:
-    """Reputation or trust (`score`, both 0 to 1) of each client over the rounds. What MAD judges has the threshold."""
+    """Reputation or trust (`score`, both 0 to 1) of each client over the rounds. What MAD judges has the threshold.
+
+    Attackers, and honest clients that were excluded, have a named line each. If they are many, a kind of clients shares
+    a line, its mean, and a band from the least to the greatest of them.
+    """
     prepare(ax, title(f"{score.capitalize()} of each client, {strategy(run)}", [run]), f"{score} (0 to 1)")
     ax.set_ylim(-0.05, 1.05)
-    attackers = list(run.clients.loc[run.clients["malicious"] == 1, "client"].unique())
-    for client, history in run.clients.groupby("client"):
-        scored = history.dropna(subset=score)
-        if client in attackers:
-            style = attacker_style(client, attackers.index(client), len(scored))
-        else:
-            style = honest_style(excluded=(history["active"] == 0).any())
-        line(ax, scored["round"], scored[score], **style)
+    clients, scored = run.clients, run.clients.dropna(subset=score)
+    attackers = np.unique(clients.loc[clients["malicious"] == 1, "client"])
+    mistaken = np.setdiff1d(clients.loc[clients["active"] == 0, "client"], attackers)
+    honest = scored[~scored["client"].isin([*attackers, *mistaken])]
+    if clients["client"].nunique() > MOST_CLIENTS:
+        plot_range(ax, honest, score, kind="honest clients", color=HONEST)
+    else:
+        for _, history in honest.groupby("client"):
+            line(ax, history["round"], history[score], label="honest clients", color=HONEST, linewidth=0.8)
+    for members, kind, several, colour, dashes in (
+        (mistaken, "honest", "honest clients, excluded", HONEST, LINES[2]),
+        (attackers, "attacker", "attackers", ATTACKER, LINES[1]),
+    ):
+        theirs = scored[scored["client"].isin(members)]
+        if len(members) > MOST_NAMED:
+            plot_range(ax, theirs, score, kind=several, color=colour, linestyle=dashes)
+            continue
+        for number, client in enumerate(members):
+            history = theirs[theirs["client"] == client]
+            style = named_style(number, len(history))
+            line(ax, history["round"], history[score], label=f"client {client} ({kind})", color=colour, **style)
     mark_exclusions(ax, run, score)
     mark_start(ax, run, color="black", label="MAD start")
     if (threshold := run.threshold(score)) is not None:
         ax.axhline(threshold, color=THRESHOLD, linestyle=":", label=f"threshold {threshold:g}")
 
 
-def attacker_style(client: int, number: int, rounds: int) -> dict[str, Any]:
-    """The style of an attacker: a strong line with about ten markers over the `rounds` scored, which alternate."""
+def named_style(number: int, rounds: int) -> dict[str, Any]:
+    """The style of a named client: a strong line with about ten markers over the `rounds` scored, which alternate."""
     step = max(2, rounds // 10) if rounds > 1 else 1
     return {
-        "label": f"client {client} (attacker)", "color": ATTACKER, "linestyle": LINES[1 + number % 3],
-        "marker": MARKERS[number % len(MARKERS)], "markersize": 6.5, "markeredgecolor": "white",
-        "markevery": (number * max(1, step // 3) % step, step),
+        "linestyle": LINES[1 + number % 3], "marker": MARKERS[number % len(MARKERS)], "markersize": 6.5,
+        "markeredgecolor": "white", "markevery": (number * max(1, step // 3) % step, step),
     }  # fmt: skip
 
 
-def honest_style(excluded: bool) -> dict[str, Any]:
-    """The style of honest clients: a thin grey line. Those that were excluded by mistake are dashed."""
-    if excluded:
-        return {"label": "honest clients, excluded", "color": HONEST, "linestyle": LINES[2]}
-    return {"label": "honest clients", "color": HONEST, "linewidth": 0.8}
+def plot_range(ax: Axes, scored: Any, score: str, kind: str, **style: Any) -> None:
+    """The mean score of the clients of a kind as a line, and a band from the least to the greatest of them."""
+    by_round = scored.groupby("round")[score]
+    low, mean, high = by_round.min(), by_round.mean(), by_round.max()
+    line(ax, mean.index, mean, label=f"{kind}: mean and range", **style)
+    ax.fill_between(mean.index, low, high, color=style["color"], alpha=0.25, linewidth=0)
 
 
 def mark_exclusions(ax: Axes, run: Run, score: str) -> None:
     """An x in the first round in which a client is not averaged, at the last score that the client had."""
-    points: list[tuple[int, float]] = []
-    for _, history in run.clients.groupby("client"):
-        first = history.loc[history["active"] == 0, "round"].min()  # NaN if never excluded; then no round is selected
-        scores = history.loc[history["round"] <= first, score].dropna()
-        points += [(first, value) for value in scores.tail(1)]
-    if points:
-        ax.plot(
-            [t for t, _ in points],
-            [value for _, value in points],
-            "x",
-            color="black",
-            markersize=8,
-            markeredgewidth=1.8,
-            label="excluded",
-        )
+    clients = run.clients
+    first = clients[clients["active"] == 0].groupby("client")["round"].min()
+    until = clients[clients["round"] <= clients["client"].map(first)]
+    last = until.groupby("client")[score].last().dropna()
+    if len(last):
+        ax.plot(first[last.index], last, "x", label="excluded", color="black", markersize=8, markeredgewidth=1.8)
 
 
 def mark_start(ax: Axes, run: Run, **style: Any) -> bool:

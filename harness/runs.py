@@ -49,6 +49,7 @@ OF_MAD: dict[str, Any] = {
 DEFAULTS = OF_ATTACKS | OF_RUNS | OF_MAD
 TITLE_WIDTH = 90  # characters per line of a title: as many as fit beside the axis of the narrowest figure
 MOST_LINES = 9  # in one figure; an experiment with more kinds of runs is drawn as heat maps alone
+MOST_NAMED = 10  # clients of a kind in a figure or a title; more are drawn as a band and counted
 SAMPLE_BYTES = 100_000  # the largest accepted samples.npz, unpacked; madsim writes 3678 bytes
 # The types of the fields of config.json that are read here.
 KINDS = {
@@ -448,11 +449,19 @@ def titled(subject: str, about: str) -> str:
 
 
 def exclusions(run: Run) -> str:
-    """'attacker 2, 8 in round 5; honest 3 in round 7', or 'nobody'."""
+    """'attacker 2, 8 in round 5; honest 3 in round 7', or 'nobody'.
+
+    More than MOST_NAMED clients of a kind are counted instead: '40 attackers in rounds 5 to 9'.
+    """
     out = run.clients[run.clients["active"] == 0].sort_values("round").drop_duplicates("client")
-    groups = out.sort_values("client").groupby(["round", "malicious"])["client"]
+    counted = out.groupby("malicious")["client"].transform("size") > MOST_NAMED
+    groups = out[~counted].sort_values("client").groupby(["round", "malicious"])["client"]
     who_is = {0: "honest", 1: "attacker"}
     texts = [f"{who_is.get(bad)} {', '.join(map(str, who))} in round {t}" for (t, bad), who in groups]
+    for bad, rounds in out[counted].groupby("malicious")["round"]:
+        first, last = rounds.min(), rounds.max()
+        when = f"round {first}" if first == last else f"rounds {first} to {last}"
+        texts.append(f"{len(rounds)} {who_is.get(bad)}{'s' * (bad == 1)} in {when}")
     return "; ".join(texts) or "nobody"
 
 

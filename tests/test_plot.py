@@ -478,7 +478,7 @@ def test_honest_client_excluded_by_mistake_is_named(tmp_path):
     rows = [row if row[:2] != (4, 1) else (4, 1, 0, 0, 0.2, 0.1) for row in CLIENT_ROWS]
     ax = new_ax()
     plot.plot_score(ax, loaded(tmp_path / "a", client_rows=rows), "trust")
-    assert list(lines(ax)["honest clients, excluded"].get_ydata()) == [0.85, 0.85, 0.85, 0.1]
+    assert list(lines(ax)["client 1 (honest)"].get_ydata()) == [0.85, 0.85, 0.85, 0.1]
     excluded = lines(ax)["excluded"]
     assert (list(excluded.get_xdata()), list(excluded.get_ydata())) == ([4, 3], [0.1, 0.12])
 
@@ -504,6 +504,72 @@ def test_attacker_that_never_got_a_score_is_no_obstacle(tmp_path):
     plot.plot_score(ax, loaded(tmp_path / "a", client_rows=rows), "trust")
     assert list(lines(ax)["honest clients"].get_ydata()) == [0.9]
     assert "excluded" not in lines(ax)
+
+
+def many_clients(honest, attackers, mistaken=0):
+    """Rows of clients.csv: in round 3 the attackers, and the last of the honest clients by mistake, are excluded.
+
+    Trust of honest clients goes up from 0.5 to 0.9, that of the others from 0.0 to 0.4.
+    """
+    rows = []
+    for t in (1, 2, 3):
+        for client in range(honest + attackers):
+            bad, out = client >= honest, client >= honest - mistaken
+            low, place, count = (0, client - honest + mistaken, attackers + mistaken) if out else (0.5, client, honest)
+            trust = low + 0.4 * place / max(1, count - 1)
+            rows.append((t, client, int(bad), int(not (out and t == 3)), trust, trust))
+    return rows
+
+
+@pytest.mark.parametrize(("honest", "band"), [(18, False), (19, True), (198, True)])
+def test_many_honest_clients_are_a_line_and_a_band_and_few_attackers_have_names(honest, band, tmp_path):
+    """20 clients, 21 and 200."""
+    ax = new_ax()
+    plot.plot_score(ax, loaded(tmp_path / "a", client_rows=many_clients(honest, 2)), "trust")
+    labels = [line.get_label() for line in ax.lines]
+    quiet = ["honest clients: mean and range"] if band else ["honest clients"] * honest
+    attackers = [f"client {honest + i} (attacker)" for i in range(2)]
+    assert labels == [*quiet, *attackers, "excluded", "MAD start", "threshold 0.15"]
+    assert len(ax.collections) == band
+    if band:
+        assert list(ax.lines[0].get_ydata()) == pytest.approx([0.7] * 3)
+        (edges,) = (path.vertices[:, 1] for path in ax.collections[0].get_paths())
+        assert (edges.min(), edges.max()) == pytest.approx((0.5, 0.9))
+        assert to_hex(ax.collections[0].get_facecolor()) == to_hex(ax.lines[0].get_color())
+
+
+@pytest.mark.parametrize(("mistaken", "attackers"), [(10, 10), (11, 10), (10, 11), (11, 11)])
+def test_more_than_ten_of_a_kind_are_a_band_and_a_number(mistaken, attackers, tmp_path):
+    run = loaded(tmp_path / "a", client_rows=many_clients(40, attackers, mistaken))
+    ax = new_ax()
+    plot.plot_score(ax, run, "trust")
+    names = [f"client {40 - mistaken + i} (honest)" for i in range(mistaken)]
+    others = [f"client {40 + i} (attacker)" for i in range(attackers)]
+    drawn = ["honest clients, excluded: mean and range"] if mistaken > 10 else names
+    drawn += ["attackers: mean and range"] if attackers > 10 else others
+    assert list(lines(ax))[1:-3] == drawn
+    assert len(lines(ax)["excluded"].get_xdata()) == mistaken + attackers
+    few = [f"honest {', '.join(map(str, range(30, 40)))} in round 3"] * (mistaken == 10)
+    few += [f"attacker {', '.join(map(str, range(40, 50)))} in round 3"] * (attackers == 10)
+    many = ["11 honest in round 3"] * (mistaken == 11) + ["11 attackers in round 3"] * (attackers == 11)
+    assert runs.exclusions(run) == "; ".join([*few, *many])
+
+
+def test_many_exclusions_in_several_rounds_are_counted(tmp_path):
+    rows = [(t, client, 1, int(client > t), 0.1, 0.1) for t in (1, 2, 3, 14) for client in range(15)]
+    assert runs.exclusions(loaded(tmp_path / "a", client_rows=rows)) == "15 attackers in rounds 1 to 14"
+
+
+def test_the_axes_stay_wide_with_the_most_clients_of_the_data(tmp_path):
+    """2354 clients, of which 471 attack and 100 are excluded by mistake. The legend covers no Axes."""
+    figure = plot.scores_figure([loaded(tmp_path / "a", client_rows=many_clients(1883, 471, 100))])
+    plot.save(figure, tmp_path / "trust")
+    (legend,) = figure.legends
+    assert figure.get_size_inches()[1] < 8
+    for ax in figure.axes:
+        place = ax.get_window_extent()
+        assert place.width > 0.6 * figure.bbox.width and place.height > 0.25 * figure.bbox.height
+        assert not place.overlaps(legend.get_window_extent())
 
 
 def test_runs_that_differ_in_their_start_or_seed_share_a_figure_of_trust(tmp_path):

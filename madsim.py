@@ -43,7 +43,7 @@ def simulate(
     resume: bool = False,
     bar: bool = False,
 ) -> "Result":
-    """One federated learning run. Ctrl-C ends it early, with `summary["complete"]` false.
+    """One federated learning run. Ctrl-C ends it early: it is saved, and `Interrupted` is raised with its Result.
 
     `out` is a new folder for the results (None: nothing is written). With `resume` it is the folder of an interrupted
     run, which continues from its checkpoint; `Config.read(out)` gives its Config. The run may become longer. If
@@ -71,7 +71,10 @@ def simulate(
             scores = mad_step(W, scores, t, config.mad_start, config.settings, w, steps)  # eqs. (1)-(7), exclusion
             w = aggregate(W, sizes, scores.active, rule, f, w)  # [P]   FedAvg over the active clients
             log(t, W, train_loss, clients.evaluate(w, t), w, scores)
-    return Result(config, **log.result())
+    result = Result(config, **log.result())
+    if log.interrupted:
+        raise Interrupted(result)
+    return result
 
 
 @cache  # Python's own memory of what it has shown is lost whenever a package changes the filters of warnings
@@ -284,6 +287,14 @@ class Result:
     data: dict[str, str]
     membership: Any = None
     leakage: Any = None
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C has ended a run. Its `result` has the rounds that were complete."""
+
+    def __init__(self, result: Result):
+        super().__init__("the run was saved; `result` of this exception has its rounds")
+        self.result = result
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ from harness.jobs import refuse_unsendable, simulate_all, workers
 from harness.pages import write_players
 from harness.runs import load_run
 from lab.experiments import EXPERIMENTS, PAPER, over_leakage, tabulate, tidy
-from madsim import Config, Result, gather, simulate
+from madsim import Config, Interrupted, Result, gather, simulate
 from trust import PRESETS, Settings
 
 QUICK = 60  # ours: rounds of --quick, with MAD from the middle; they take about 10 seconds on two cores
@@ -333,13 +333,15 @@ def main(argv: list[str] | None = None) -> int:
                 introduce(runs, dataset)
             begun = True
             results = simulate_all(simulate, runs, dataset, given.get("jobs"), "scheduler" in given)
+    except Interrupted as stop:
+        results = [stop.result]
     except BrokenExecutor:
         parser.error(f"the process of a run was killed{way_on(runs, again)}")
     except (ValueError, FloatingPointError, ImportError) as error:
         parser.error(str(error))
     except (OSError, MemoryError) as error:
         parser.error(f"{error}{way_on(runs, again) if begun else ''}")
-    except KeyboardInterrupt:  # a single run handles it; here no run had begun, or several were interrupted
+    except KeyboardInterrupt:  # no run had begun, or several were interrupted
         print(file=sys.stderr)
         say(f"madsim: stopped{way_on(runs, again)}", sys.stderr)
         return 130

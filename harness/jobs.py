@@ -92,12 +92,11 @@ def attempt(simulate: Callable, config: Any, folder: Path, dataset: Any, command
     """One of several runs: its Result, or the error that ended it. Raises KeyboardInterrupt if it was interrupted."""
     sys.argv = command  # for config.json: another program started the worker of a cluster
     try:
-        result = simulate(config, folder, dataset=dataset, resume=(folder / CHECKPOINT).is_file())
+        return simulate(config, folder, dataset=dataset, resume=(folder / CHECKPOINT).is_file())
     except (ValueError, FloatingPointError) as error:
         return type(error)(str(error) if str(folder) in str(error) else f"{folder}: {error}")
-    if not result.summary["complete"]:
-        raise KeyboardInterrupt
-    return result
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt from None  # without the Result, which would travel to this process's parent
 
 
 @contextmanager

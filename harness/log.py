@@ -87,7 +87,7 @@ class Log:
         self.tables = [table for table in tables if table]
         self.seconds: list[float] = []
         self.kept: list[int] = []
-        self.begun, self.summary = False, {"complete": False}
+        self.begun = False
         self.data = {"name": dataset.name, "md5": dataset.md5, "note": dataset.note}
         self.identity = identity(asdict(config)) | {
             "data's MD5": dataset.md5,
@@ -262,7 +262,8 @@ class Log:
                 table.close()
         if self.begun and isinstance(error, ValueError):  # a rule has too few clients left
             raise ValueError(f"round {self.last[1].round + 1}: {error}") from None
-        return self.begun and kind is KeyboardInterrupt
+        self.interrupted = self.begun and kind is KeyboardInterrupt
+        return self.interrupted
 
     def frames(self) -> list:
         """The rows so far as pandas frames: rounds, clients, membership and leakage (None if not measured)."""
@@ -270,23 +271,22 @@ class Log:
         return [table and table.frame(self.last[1].round) for table in tables]
 
     def _summarise(self, complete: bool) -> None:
-        """Make and write the summary, if there is a round."""
+        """Make the summary, and write it if there is a round."""
         t = self.last[1].round
-        if not t:
-            return
         self.summary = plain(
             summarise(*self.frames()[:3], mad_start=self.config.mad_start)
             | {
+                "malicious": np.flatnonzero(self.members.malicious),  # also before the first round
                 "kept_rounds": [r for r in self.kept if r <= t],
                 "seconds": round(sum(self.seconds[:t]), 3),
-                "seconds_per_round": round(float(np.median(self.seconds[:t])), 4),
+                "seconds_per_round": round(float(np.median(self.seconds[:t] or np.nan)), 4),
                 "training_images": [int(size) for size in self.members.sizes],
                 "dataset": self.data["name"],
                 "note": self.data["note"],
                 "complete": complete,
             }
         )
-        if self.out:
+        if self.out and t:
             write_json(self.out / "summary.json", self.summary)
 
     def result(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import data
 from harness import drawing
 from harness.cli import main
 from lab import experiments
+from madsim import Interrupted, Result, simulate
 
 FULL = False  # True if the slow tests run too
 HERE = Path(__file__).resolve().parents[1]
@@ -97,6 +98,13 @@ def grid(quick, monkeypatch):
     experiment = experiments.Experiment("two by one", 4, experiments.mad_from(2), columns)
     monkeypatch.setitem(experiments.EXPERIMENTS, "grid", experiment)
     return ["--experiment", "grid", "--clients", "4", "--dataset", "phantom", "--jobs", "1", "--seeds", "2"]
+
+
+def interrupted(*arguments, **options) -> Result:
+    """The Result of a call of `simulate` that is interrupted."""
+    with pytest.raises(Interrupted) as stop:
+        simulate(*arguments, **options)
+    return stop.value.result
 
 
 def command(*arguments: str | Path, **options) -> subprocess.Popen:

@@ -26,7 +26,7 @@ import conftest
 import numpy as np
 import pytest
 import torch
-from conftest import HERE, command, examples, part, refusal, some
+from conftest import HERE, command, examples, interrupted, part, refusal, some
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_info, threadpool_limits
@@ -91,7 +91,7 @@ def stopped_and_whole(tiny, tmp_path_factory) -> Path:
     simulate(config, place / "whole", dataset=tiny)
     with pytest.MonkeyPatch.context() as patch:
         stop_in(patch, 4, interrupt)
-        result = simulate(config, place / "stopped", dataset=tiny)
+        result = interrupted(config, place / "stopped", dataset=tiny)
     assert not result.summary["complete"] and len(result.rounds) == 3
     assert [*result.summary["excluded"].values()] == [2, 2]
     return place
@@ -332,7 +332,7 @@ def test_a_signal_while_a_round_is_recorded_waits_until_it_is(owner, name, when,
     config, folder = Config.read(stopped_and_whole / "whole"), tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
         signal_after(patch, owner, name, when)
-        result = simulate(config, folder, dataset=tiny)
+        result = interrupted(config, folder, dataset=tiny)
     assert len(result.rounds) == 3 and not result.summary["complete"]
     assert (folder / "rounds.csv").read_bytes().count(b"\n") == 4
     assert (folder / "clients.csv").read_bytes().count(b"\n") == 31
@@ -345,8 +345,42 @@ def test_a_signal_while_a_round_is_recorded_waits_until_it_is(owner, name, when,
 def test_a_signal_after_the_last_round_leaves_a_complete_run(tiny, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         signal_after(patch, log.Log, "last_marks", lambda run: run.rounds.filled == 2)
-        result = simulate(Config(rounds=2), tmp_path / "run", dataset=tiny)
+        result = interrupted(Config(rounds=2), tmp_path / "run", dataset=tiny)
     assert result.summary["complete"] and complete(tmp_path / "run")
+
+
+def test_a_signal_after_the_last_round_is_no_failure_of_a_command(quick, tmp_path, capsys):
+    words = ["--rounds", "2", "--dataset", "phantom", "--out", str(tmp_path)]
+    with pytest.MonkeyPatch.context() as patch:
+        signal_after(patch, log.Log, "last_marks", lambda run: run.rounds.filled == 2)
+        assert main(words) == 0
+    assert "Stopped" not in capsys.readouterr().out
+
+
+def test_an_interruption_ends_a_loop_of_runs(tiny, tmp_path, monkeypatch):
+    """The run is saved, and the exception brings the rounds that were complete."""
+    done = []
+    stop_in(monkeypatch, 2, interrupt)
+    with pytest.raises(KeyboardInterrupt) as stop:
+        for seed in range(3):
+            done.append(simulate(Config(rounds=3, seed=seed), tmp_path / str(seed), dataset=tiny))
+    assert done == [] and [path.name for path in tmp_path.iterdir()] == ["0"]
+    assert stop.value.result.rounds["round"].tolist() == [1] and not stop.value.result.summary["complete"]
+    monkeypatch.undo()
+    assert resume(tmp_path / "0", tiny).summary["complete"]
+
+
+def test_a_summary_has_all_its_keys_before_the_first_round(tiny, tmp_path, monkeypatch):
+    config = Config(rounds=2, membership=1)
+    whole = simulate(config, dataset=tiny).summary
+    stop_in(monkeypatch, 1, interrupt)
+    summary = interrupted(config, tmp_path / "run", dataset=tiny).summary
+    assert list(summary) == list(whole) and summary["last_50"].keys() == whole["last_50"].keys()
+    unchanged = {name: whole[name] for name in ("malicious", "training_images", "dataset", "note")}
+    assert len(unchanged["malicious"]) == 2 and summary == summary | unchanged
+    assert (summary["excluded"], summary["jumps"], summary["last_50_rounds"], summary["seconds"]) == ({}, [], 0, 0)
+    assert summary["seconds_per_round"] is None and summary["complete"] is False
+    assert not (tmp_path / "run" / "summary.json").exists()  # it lists runs in tables
 
 
 def test_a_second_signal_while_the_run_ends_does_not_lose_its_summary(tiny, tmp_path):
@@ -481,7 +515,7 @@ def test_a_run_that_was_measured_for_membership_is_resumed(tiny, tmp_path, monke
     simulate(config, tmp_path / "whole", dataset=tiny)
     with monkeypatch.context() as patch:
         stop_in(patch, 5, interrupt)
-        simulate(config, tmp_path / "cut", dataset=tiny)
+        interrupted(config, tmp_path / "cut", dataset=tiny)
     assert resume(tmp_path / "cut", tiny).membership["round"].tolist() == [2, 4, 6]
     for name in (*CSV, "membership.csv"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -1111,7 +1145,7 @@ def test_a_complete_run_that_is_stopped_on_its_way_to_more_rounds_is_not_complet
     assert complete(folder)
     with pytest.MonkeyPatch.context() as patch:
         stop_in(patch, 4, lambda: patch.undo() or os.kill(os.getpid(), signal.SIGINT))
-        simulate(Config(rounds=5), folder, dataset=tiny, resume=True)
+        interrupted(Config(rounds=5), folder, dataset=tiny, resume=True)
     assert not complete(folder) and Config.read(folder).rounds == 5
     assert simulate(Config.read(folder), folder, dataset=tiny, resume=True).summary["complete"]
 

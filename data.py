@@ -36,6 +36,7 @@ LABELS = ("normal", "pneumonia")
 DATASETS: tuple[str, ...] = ("auto", "pneumoniamnist", "phantom")
 FILE = "pneumoniamnist.npz"
 MD5 = "28209eda62fecd6e6a2d98b1501bb15f"  # of FILE, as medmnist publishes it
+USUAL = "~/.medmnist"  # where medmnist puts FILE
 DOWNLOAD_SECONDS = 60  # ours, for 4 MB: medmnist sets no time limit and can hang
 BY_HAND = (
     f"download {FILE} of MedMNIST v2 by hand, put it into a folder and give this folder with --data-root or MADSIM_DATA"
@@ -112,7 +113,7 @@ def load(dataset: str = "auto", root: str | Path | None = None) -> Dataset:
     if dataset == "phantom":
         return phantom()
     try:
-        return pneumoniamnist(home_expanded(root or os.environ.get("MADSIM_DATA") or "~/.medmnist"))
+        return pneumoniamnist(home_expanded(root or os.environ.get("MADSIM_DATA") or USUAL))
     except FileNotFoundError as error:
         if dataset == "pneumoniamnist":
             raise

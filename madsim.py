@@ -17,7 +17,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -54,7 +54,7 @@ def simulate(
     """
     initial_weights = import_model().initial_weights
     if dataset is None:
-        dataset = data.load(config.dataset, config.data_root)
+        dataset = load_again(config, out) if resume and out else data.load(config.dataset, config.data_root)
         if dataset.note:
             warn_once(f"phantom images, not PneumoniaMNIST: {dataset.note}", 3)
     clients = gather(config, dataset)
@@ -75,6 +75,28 @@ def simulate(
     if log.interrupted:
         raise Interrupted(result)
     return result
+
+
+def load_again(config: "Config", folder: str | Path) -> data.Dataset:
+    """The data set with which the run of a folder was begun. PneumoniaMNIST may lie elsewhere now.
+
+    A `data_root` that is not the folder's own is taken. Else PneumoniaMNIST is looked for where MADSIM_DATA says, where
+    it was, and in medmnist's folder. Raises ValueError for a data set that is not one of these, otherwise as
+    `data.load`.
+    """
+    about = read_json(Path(folder) / "config.json")
+    found, root = about.get("data"), config.data_root
+    found = found if isinstance(found, dict) else {}
+    if root == about.get("data_root"):
+        places = (os.environ.get("MADSIM_DATA"), root, data.USUAL)
+        root = next((place for place in places if place and (data.home_expanded(place) / data.FILE).is_file()), None)
+    names = {"PneumoniaMNIST": "pneumoniamnist", "phantom": "phantom"}  # `auto` may give the other one now
+    dataset = data.load(names.get(str(found.get("name")), config.dataset), root)
+    if dataset.md5 != found.get("md5"):
+        way = "from Python, by simulate(Config.read(folder), folder, dataset=dataset, resume=True)"
+        other = f"has data's MD5 {found.get('md5')}, not {dataset.md5}"
+        raise ValueError(f"{folder} {other}: its data set {found.get('name')!r} can't be loaded here; resume it {way}")
+    return replace(dataset, note=found.get("note") or "")
 
 
 @cache  # Python's own memory of what it has shown is lost whenever a package changes the filters of warnings
@@ -237,7 +259,6 @@ class Config:
     def read(cls, folder: str | Path) -> "Config":
         """The Config of a run's folder. A setting that an earlier version did not have gets its default.
 
-        If it names a folder of the data, the environment variable MADSIM_DATA of this machine takes precedence.
         Raises FileNotFoundError if there is no Config, ValueError if it is damaged or has settings unknown here.
         """
         path = Path(folder) / "config.json"
@@ -251,8 +272,6 @@ class Config:
             unknown = sorted(identity(written).keys() - own - of_mad)
             if lacking := {"rounds", "clients", "seed"} - written.keys():  # every version has these
                 raise KeyError(*lacking)
-            if written.get("data_root"):  # of the machine that wrote it
-                written["data_root"] = os.environ.get("MADSIM_DATA") or written["data_root"]
             settings = Settings(**{name: value for name, value in written["settings"].items() if name in of_mad})
             config = cls(**{name: written[name] for name in written.keys() & own} | {"settings": settings})
             commit = (written.get("git") or {}).get("commit") or "unknown"

@@ -50,7 +50,7 @@ from harness.jobs import refuse_unsendable, simulate_all, workers
 from harness.pages import write_players
 from harness.runs import load_run
 from lab.experiments import EXPERIMENTS, PAPER, over_leakage, tabulate, tidy
-from madsim import Config, Interrupted, Result, gather, simulate
+from madsim import Config, Interrupted, Result, gather, load_again, simulate
 from trust import PRESETS, Settings
 
 QUICK = 60  # ours: rounds of --quick, with MAD from the middle; they take about 10 seconds on two cores
@@ -234,7 +234,7 @@ def plan_resumed(given: dict[str, Any]) -> dict[Path, Config]:
         longer = given.get("rounds", 0) > begun.rounds
         if (longer or not complete(folder)) and not (folder / CHECKPOINT).is_file():
             raise ValueError(f"{folder} can't be resumed: it holds no {CHECKPOINT}; run it again with --overwrite")
-    if len({config.dataset for config in runs.values()}) > 1:
+    if len({data_md5(folder) for folder in runs}) > 1:
         raise ValueError("these runs have different data sets; resume them one by one")
     for folder, begun in runs.items():
         runs[folder] = configure(given, begun)
@@ -289,8 +289,8 @@ def make_ready(
     runs = {folder: config for folder, config in planned.items() if folder not in finished}
     dataset = None
     if runs or not resume:
-        first = next(iter(planned.values()))
-        dataset = data.load(first.dataset, first.data_root)
+        folder, first = next(iter((runs or planned).items()))
+        dataset = load_again(first, folder) if resume else data.load(first.dataset, first.data_root)
         clients = gather(first, dataset)
         if first.leakage:
             from lab.privacy import GradientInversion

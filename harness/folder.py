@@ -134,6 +134,8 @@ def refuse_changes(folder: Path, begun: dict, now: dict, longer: bool = False) -
     if changed:
         but = " (--resume can only add rounds)" if longer and begun.get("rounds") != now["rounds"] else ""
         way = "" if longer else "; add --overwrite to replace it, or --out DIR for another place"
+        if begun.get("data's MD5") != now.get("data's MD5"):
+            way += "; --data-root or MADSIM_DATA names the folder of other data"
         raise ValueError(f"{folder} has {', '.join(changed)}; a run can't change its settings{but}{way}")
 
 

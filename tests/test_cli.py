@@ -233,22 +233,91 @@ def test_a_link_to_a_runs_folder_is_not_replaced(quick, tmp_path, capsys):
     assert " is a link; it is not replaced" in refusal(capsys, *words, "--out", tmp_path / "here", "--overwrite")
 
 
-def test_the_folder_of_the_data_is_this_machines_when_a_run_is_resumed(quick, tmp_path, monkeypatch, capsys):
-    """The option wins over MADSIM_DATA, which wins over the folder that the run was begun with. A complete run needs
-    no data."""
+@pytest.fixture
+def real_is_small(small, tmp_path, monkeypatch):
+    """A small PneumoniaMNIST in place of the real one: a file with its name. It can't be downloaded. Returns a folder.
+
+    Each call puts the file, which is nowhere else, into a new folder of this name.
+    """
+    path, loaded = tmp_path / data.FILE, []
+    path.write_text("")
+    monkeypatch.setattr(data, "USUAL", str(tmp_path / "usual"))
     monkeypatch.delenv("MADSIM_DATA", raising=False)
-    roots = []
-    phantom = data.phantom()
-    monkeypatch.setattr(data, "load", lambda dataset, root: roots.append(root) or phantom)
-    words = ["--rounds", "1", "--clients", "4", "--out", str(tmp_path)]
-    assert main([*words, "--data-root", "/old"]) == 0
-    (folder,) = tmp_path.iterdir()
-    assert main(["--resume", str(folder)]) == 0 and "is complete" in capsys.readouterr().out
+
+    def pneumoniamnist(root):
+        if not (root / data.FILE).is_file():
+            raise FileNotFoundError(f"{root / data.FILE} is absent; give its folder with --data-root or MADSIM_DATA")
+        loaded.append(root)
+        return replace(small, name="PneumoniaMNIST", md5=data.MD5)
+
+    def put(name):
+        nonlocal path
+        (tmp_path / name).mkdir(exist_ok=True)
+        path = path.replace(tmp_path / name / data.FILE)
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(data, "pneumoniamnist", pneumoniamnist)
+    put.loaded = loaded
+    return put
+
+
+def test_a_run_is_resumed_where_its_data_lie_now(real_is_small, quick, tmp_path, monkeypatch, capsys):
+    """The option wins, then MADSIM_DATA, then the folder that the run was begun with, then medmnist's. A complete run
+    needs no data."""
+    put, rounds = real_is_small, iter(range(2, 99))
+    assert main(["--rounds", "1", "--clients", "4", "--data-root", put("old"), "--out", str(tmp_path / "out")]) == 0
+    (folder,) = (tmp_path / "out").iterdir()
+
+    def resumed(*words):
+        assert main(["--resume", str(folder), "--rounds", str(next(rounds)), *words]) == 0
+        return put.loaded[-1].name
+
+    assert main(["--resume", str(folder)]) == 0 and len(put.loaded) == 1
+    assert resumed() == "old"
+    monkeypatch.setenv("MADSIM_DATA", str(tmp_path / "wrong"))
+    assert resumed() == "old"
+    put("usual")
+    assert resumed() == "usual"
+    monkeypatch.setenv("MADSIM_DATA", put("new"))
+    assert resumed() == "new"
+    (tmp_path / "old" / data.FILE).write_text("")
+    assert resumed() == "new"
+    (tmp_path / "given").mkdir()
+    (tmp_path / "given" / data.FILE).write_text("")
+    assert resumed("--data-root", str(tmp_path / "given")) == "given"
+    assert Config.read(folder).data_root == str(tmp_path / "old")  # as it was begun
+    result = simulate(replace(Config.read(folder), rounds=99), folder, resume=True)
+    assert result.data["name"] == "PneumoniaMNIST" and put.loaded[-1].name == "new"
+    for place in ("old", "new"):
+        (tmp_path / place / data.FILE).unlink()
+    line = refusal(capsys, "--resume", folder, "--rounds", "100")
+    assert line.endswith("new/pneumoniamnist.npz is absent; give its folder with --data-root or MADSIM_DATA\n")
+    assert "PHANTOM" not in line  # it would be refused, with a hint that does not help
+
+
+def test_a_run_on_the_phantom_is_resumed_on_a_machine_that_has_the_data(real_is_small, quick, tmp_path, capsys):
+    words = ["--rounds", "1", "--clients", "4", "--out", str(tmp_path / "out")]
+    assert main(words) == 0
+    (folder,) = (tmp_path / "out").iterdir()
+    note = json.loads((folder / "summary.json").read_text())["note"]
+    assert "is absent" in note
+    real_is_small("usual")
+    capsys.readouterr()
+    line = refusal(capsys, *words, "--seeds", "2")  # not --resume: this command asks for other data now
+    assert "has data's MD5 " in line and line.endswith("; --data-root or MADSIM_DATA names the folder of other data\n")
     assert main(["--resume", str(folder), "--rounds", "2"]) == 0
-    monkeypatch.setenv("MADSIM_DATA", "/new")
-    assert main(["--resume", str(folder), "--rounds", "3"]) == 0
-    assert main(["--resume", str(folder), "--rounds", "4", "--data-root", "/given"]) == 0
-    assert roots == ["/old", "/old", "/new", "/given"]
+    assert json.loads((folder / "summary.json").read_text())["note"] == note
+
+
+def test_a_run_on_data_of_ones_own_is_resumed_from_python(small, quick, tmp_path, capsys):
+    own = replace(small, name="mine", md5="abc")
+    simulate(Config(rounds=1, clients=4, dataset="phantom"), tmp_path / "run", dataset=own)
+    line = refusal(capsys, "--resume", tmp_path / "run", "--rounds", "2")
+    assert (
+        "has data's MD5 abc, not" in line and "its data set 'mine' can't be loaded here; resume it from Python" in line
+    )
+    config = replace(Config.read(tmp_path / "run"), rounds=2)
+    assert simulate(config, tmp_path / "run", dataset=own, resume=True).summary["complete"]
 
 
 @pytest.mark.parametrize(

@@ -120,16 +120,19 @@ def plot_honest_accuracy(ax: Axes, runs: Sequence[Run]) -> None:
 def in_pieces(values: Any, members: Sequence[Run], window: int) -> Any:
     """The running mean of a frame [t, run]. It doesn't cross rounds in which something happens: it changes after that.
 
-    That is the first round of the attack, and each round in which the active clients change. In a piece of few rounds
-    the window is a third of them, because the mean of all of them would be a flat line.
+    That is the first round of the attack, and each round in which the active clients change. In a piece that is shorter
+    than the window, the window is a third of it, because the mean of all its rounds would be a flat line.
     """
     import pandas as pd
+
+    def smooth(piece: Any) -> Any:
+        return running_mean(piece, window if len(piece) >= window else len(piece) // 3 | 1)
 
     each = []
     for column, run in enumerate(members):
         causes = [run.config.get("attack_start") or 1, *changes(run.clients)]
         pieces = values.iloc[:, column].groupby(np.searchsorted(sorted(causes), values.index, side="right"))
-        each.append(pieces.transform(lambda piece: running_mean(piece, min(window, len(piece) // 3 | 1))))
+        each.append(pieces.transform(smooth))
     return pd.concat(each, axis=1)
 
 

@@ -174,6 +174,15 @@ def test_the_running_mean_before_an_early_start_is_not_flat(tmp_path):
     assert list(smooth[:11]) == pytest.approx([0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.95, 0.95])
 
 
+def test_runs_that_agree_up_to_an_exclusion_have_one_running_mean_up_to_there(tmp_path):
+    """The window is 3, and 4 rounds lie before the exclusion in round 5: the mean of round 4 has only two of them."""
+    values = [0.5, 0.8, 0.5] + [0.2] * 57
+    never = curve_of(tmp_path / "a", values, mad_start=None).lines[1].get_ydata()
+    early = curve_of(tmp_path / "b", values, causes=[5], mad_start=5).lines[1].get_ydata()
+    assert list(never[:5]) == pytest.approx([0.65, 0.6, 0.5, 0.3, 0.2])
+    assert list(early[:5]) == pytest.approx([0.65, 0.6, 0.5, 0.35, 0.2])
+
+
 @pytest.mark.parametrize("rounds, window", [(4, 1), (39, 1), (40, 3), (100, 5), (1000, 51)])
 def test_window_is_odd_and_about_a_twentieth(tmp_path, rounds, window):
     ax = curve_of(tmp_path / "a", [0.5] * rounds, mad_start=None)

@@ -110,7 +110,7 @@ def lock(file: Any, folder: Path) -> None:
 def identity(about: dict) -> dict:
     """The settings that a resumed run must keep, from a Config as a dict or from config.json."""
     apart = {"settings", "data_root", "threads", "command", "git", "versions", "machine", "data", "resumed"}
-    apart |= {"plugins", "version"}  # they are compared by themselves
+    apart |= {"plugins", "version", "preset"}  # they are compared by themselves, or say what the settings say
     return {name: value for name, value in (about | about["settings"]).items() if name not in apart}
 
 

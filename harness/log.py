@@ -36,7 +36,7 @@ from harness.folder import (
     write_json,
 )
 from harness.runs import steady
-from trust import Array, Settings, State, main_cluster, squared_distances
+from trust import PRESETS, Array, Settings, State, main_cluster, squared_distances
 
 ROUND_COLUMNS = ["round", "loss", "accuracy", "honest_loss", "honest_accuracy"]
 ROUND_COLUMNS += ["test_loss", "test_accuracy", "test_sensitivity", "test_specificity", "test_auc", "active"]
@@ -123,7 +123,10 @@ class Log:
         if self.out:
             write_json(
                 self.out / "config.json",
-                asdict(self.config) | origin(self.members) | {"data": self.data, "version": VERSION},
+                asdict(self.config)
+                | {"preset": next((name for name, of in PRESETS.items() if of == self.config.settings), None)}
+                | origin(self.members)
+                | {"data": self.data, "version": VERSION},
             )
             of = self.dataset
             four = np.concatenate([np.flatnonzero(of.train_labels == label)[:2] for label in (0, 1)])  # for Fig. 2

@@ -46,7 +46,7 @@ OF_MAD: dict[str, Any] = {
     "threshold": 0.15, "equation2": "printed", "order": "clip-smooth", "excluded": "dropped", "decision": "same",
     "first": "threshold", "nobody_left": "keep",
 }  # fmt: skip
-DEFAULTS = OF_ATTACKS | OF_RUNS | OF_MAD
+DEFAULTS = OF_ATTACKS | OF_RUNS | {"preset": "paper"} | OF_MAD
 TITLE_WIDTH = 90  # characters per line of a title: as many as fit beside the axis of the narrowest figure
 MOST_LINES = 9  # in one figure; an experiment with more kinds of runs is drawn as heat maps alone
 MOST_NAMED = 10  # clients of a kind in a figure or a title; more are drawn as a band and counted
@@ -335,9 +335,11 @@ def telling(config: dict, data: str) -> dict[str, Any]:
     start, attacked = config.get("mad_start"), config.get("malicious") != 0
     found = {"attacked": attacked, "mad_start": start, "data": data, "rounds": config.get("rounds")}
     found |= {name: config.get(name, default) for name, default in DEFAULTS.items()}
+    if any(found[name] != default for name, default in OF_MAD.items()):
+        found["preset"] = config.get("preset")  # None: settings of one's own, which are named one by one
     if found["partition"] != "iid":
         found["partition"] = f"{found['partition']} {config.get('concentration')}"
-    idle = [*OF_ATTACKS] * (not attacked) + [*OF_MAD] * (start is None)
+    idle = [*OF_ATTACKS] * (not attacked) + ["preset", *OF_MAD] * (start is None)
     return {name: value for name, value in found.items() if name not in idle}
 
 
@@ -371,8 +373,9 @@ def variants(runs: Sequence[Run]) -> list[str]:
             parts.append(f"MAD from round {start}")
         elif "mad_start" in told and not unattacked:
             parts.append("never (FedAvg)" if found["rule"] == "mean" else "never")
-        details = [name for name in told if name in found and name not in ("attacked", "mad_start")]
-        unusual = [name for name in details if name not in DEFAULTS or found[name] != DEFAULTS[name]]
+        implied = ("attacked", "mad_start", *OF_MAD) if found.get("preset") else ("attacked", "mad_start")
+        details = [name for name in told if name in found and name not in implied]
+        unusual = [name for name in details if name not in DEFAULTS or is_unusual(name, found)]
         parts += [setting_in_words(name, found[name]) for name in (unusual if parts else unusual or details)]
         texts.append(", ".join(parts) or strategy(run))
     # Runs that still have the same text, say one with --membership, get the names of their folders.
@@ -385,7 +388,13 @@ def shared(each: Sequence[dict[str, Any]]) -> list[str]:
     """The `telling` settings that all runs share and that are not the default, in words."""
     told, found = differing(each), {name: value for one in each for name, value in one.items()}
     names = [name for name in DEFAULTS if name in found and name not in told]
-    return [setting_in_words(name, found[name]) for name in names if found[name] != DEFAULTS[name]]
+    unusual = [name for name in names if any(name in one and is_unusual(name, one) for one in each)]
+    return [setting_in_words(name, found[name]) for name in unusual]
+
+
+def is_unusual(name: str, found: dict[str, Any]) -> bool:
+    """Whether a `telling` setting is not the default, and not one of a preset, which is named instead."""
+    return found[name] not in (DEFAULTS[name], None) and not (name in OF_MAD and found["preset"])
 
 
 def kinds(runs: Sequence[Run]) -> dict[str, list[Run]]:

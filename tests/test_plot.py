@@ -30,6 +30,7 @@ from harness.console import as_command
 from harness.folder import together
 from harness.runs import TITLE_WIDTH, variants
 from madsim import Config
+from trust import PRESETS
 
 HERE = Path(plot.__file__).parent
 LOSS = [0.9, 0.7, 0.2, 0.1]
@@ -273,6 +274,22 @@ def test_label_leaves_out_what_cannot_matter(tmp_path):
     assert variants(several[1:2] + several[3:]) == ["attack label_flip, malicious 0.2", hug]
 
 
+def test_a_preset_is_named_instead_of_its_settings(tmp_path):
+    """Negative control: settings of one's own are named one by one. Early runs did not record their preset."""
+    of_testbed = {"settings": vars(PRESETS["testbed"])}
+    testbed = loaded(tmp_path / "testbed", preset="testbed", **of_testbed)
+    own = loaded(tmp_path / "own", preset=None, settings=vars(PRESETS["testbed"]) | {"beta_trust": 0.85})
+    paper, early = loaded(tmp_path / "paper", preset="paper"), loaded(tmp_path / "early")
+    assert plot.title("Loss", [testbed]).endswith("seed 0, preset testbed")
+    assert variants([testbed, paper]) == variants([testbed, early]) == ["preset testbed", "preset paper"]
+    assert variants([paper, early])[0].startswith("MAD from round 3")
+    of_own = "clusters 1, scale floor 0, equation2 testbed, order smooth-clip, excluded observed, decision next"
+    assert variants([own, paper])[0].startswith(of_own)
+    assert variants([testbed, own])[0] == "preset testbed" and plot.title("Loss", [own]).count("clusters 1") == 1
+    never = loaded(tmp_path / "never", preset="testbed", mad_start=None, **of_testbed)
+    assert plot.title("Loss", [never]).endswith("seed 0")  # without MAD it changes nothing
+
+
 def test_seeds_are_named_where_they_are_not_those_of_most(tmp_path):
     starts = [(2, 0), (2, 1), (3, 0), (3, 1), (None, 1)]
     several = [loaded(tmp_path / f"{start}-{seed}", mad_start=start, seed=seed) for start, seed in starts]
@@ -321,6 +338,7 @@ def test_only_the_paper_s_figures_have_its_numbers(tmp_path):
 
 def test_the_defaults_that_titles_leave_out_are_those_of_a_run():
     defaults = asdict(Config())
+    defaults["preset"] = "paper"
     assert {name: (defaults | defaults["settings"])[name] for name in runs.DEFAULTS} == runs.DEFAULTS
     assert defaults["settings"] == runs.OF_MAD
 

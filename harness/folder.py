@@ -130,13 +130,14 @@ def refuse_changes(folder: Path, begun: dict, now: dict, longer: bool = False) -
     """
     if longer and isinstance(begun.get("rounds"), int) and begun["rounds"] < now["rounds"]:
         begun = begun | {"rounds": now["rounds"]}
-    changed = [f"{name} {begun.get(name)}, not {value}" for name, value in now.items() if begun.get(name) != value]
+    changed = {name: value for name, value in now.items() if begun.get(name) != value}
     if changed:
+        told = ", ".join(f"{name} {begun.get(name)}, not {value}" for name, value in changed.items())
         but = " (--resume can only add rounds)" if longer and begun.get("rounds") != now["rounds"] else ""
         way = "" if longer else "; add --overwrite to replace it, or --out DIR for another place"
-        if begun.get("data's MD5") != now.get("data's MD5"):
+        if "data's MD5" in changed:
             way += "; --data-root or MADSIM_DATA names the folder of other data"
-        raise ValueError(f"{folder} has {', '.join(changed)}; a run can't change its settings{but}{way}")
+        raise ValueError(f"{folder} has {told}; a run can't change its settings{but}{way}")
 
 
 @contextmanager

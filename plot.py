@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from harness import pages
-from harness.console import Parser, as_command, say, whole
+from harness.console import Parser, a_path, as_command, say, whole
 from harness.drawing import HONEST, LINES, band, band_title, bundles, line, new_figure, over_seeds, prepare, save
 from harness.folder import fitting, replace_file, together
 from harness.runs import (
@@ -305,9 +305,9 @@ def main(argv: list[str] | None = None) -> int:
     """Draw what the command line asks for; returns the exit status."""
     parser = Parser(prog="plot.py", description="Draw the figures of all runs at or below a folder.")
     about = "a results folder of madsim.py, or the folder of one run; several are drawn as one, files are left out"
-    parser.add_argument("folder", type=Path, nargs="+", help=about)
+    parser.add_argument("folder", type=a_path, nargs="+", help=about)
     about = "where figures are written (default: FOLDER/figures; of several, figures in the folder that holds them)"
-    parser.add_argument("--out", type=Path, metavar="DIR", help=about)
+    parser.add_argument("--out", type=a_path, metavar="DIR", help=about)
     parser.add_argument(
         "--report", action="store_true", help="also write report.html: one page with all figures, tables and settings"
     )

@@ -21,6 +21,7 @@ import data
 from harness import plugins
 from harness.console import (
     Parser,
+    a_path,
     introduce,
     list_names,
     point_to,
@@ -99,10 +100,10 @@ def make_parser() -> Parser:
     several.add_argument(
         "--scheduler", metavar="ADDRESS", help="address of the Dask scheduler, such as tcp://host:8786"
     )
-    several.add_argument("--out", type=Path, metavar="DIR", help="folder for the run folders [default: results]")
+    several.add_argument("--out", type=a_path, metavar="DIR", help="folder for the run folders [default: results]")
     several.add_argument("--overwrite", action="store_true", help="replace run folders that exist")
     about = "continue interrupted runs, or make runs longer with --rounds"
-    several.add_argument("--resume", type=Path, nargs="+", action="extend", metavar="DIR", help=about)
+    several.add_argument("--resume", type=a_path, nargs="+", action="extend", metavar="DIR", help=about)
     mad = parser.add_argument_group(
         "MAD",
         "The equations are the paper's. How a distance becomes d is our reading, because the paper does not say it. "

@@ -38,6 +38,15 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, fold(f"{self.prog}: {text}", sys.stderr) + "\n")
 
 
+def a_path(text: str) -> Path:
+    """The path that an option names. `~` is the user's folder, also in `--out=~/runs`, where shells leave it."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        reason = f"{text} names a home folder that is unknown; write ./{text} for a name that begins with ~"
+        raise argparse.ArgumentTypeError(reason) from None
+
+
 def progress(shown: bool, **options: Any) -> Any:
     """A progress bar of tqdm, if it is `shown` and the output is a terminal or a notebook."""
     from tqdm.auto import tqdm

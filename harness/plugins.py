@@ -1,6 +1,7 @@
 """Attacks, rules and partitions of one's own: how they are loaded, and how they reach other processes."""
 
 import hashlib
+import os
 import pickle
 import shlex
 import sys
@@ -33,7 +34,8 @@ def load(plugin: str, sha256: str | None = None) -> None:
     Raises ValueError if that fails, or if the file's SHA-256 is not the given one.
     """
     is_file = plugin.endswith(".py")
-    name, plugin = (Path(plugin).stem, str(Path(plugin).resolve())) if is_file else (plugin, plugin)
+    name = Path(plugin).stem if is_file else plugin
+    plugin = str(Path(os.path.expanduser(plugin)).resolve()) if is_file else plugin  # also in `--plugin=~/own.py`
     try:
         spec = spec_from_file_location(name, plugin) if is_file else find_spec(name)
         if spec is None or spec.origin is None:

@@ -2,11 +2,10 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 import data
 from harness.cli import add_options
-from harness.console import Parser, say, whole
+from harness.console import Parser, a_path, say, whole
 from madsim import Config, gather
 
 OPTIONS = ("dataset", "data_root", "clients", "malicious", "attack", "flip", "partition", "concentration", "seed")
@@ -21,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("--png", metavar="DIR", type=Path, required=True, help="a new folder for the images")
+    parser.add_argument("--png", metavar="DIR", type=a_path, required=True, help="a new folder for the images")
     add_options(parser, Config, OPTIONS)
     given = vars(parser.parse_args(argv))
     folder, begun = given.pop("png"), False

@@ -18,7 +18,7 @@ from conftest import command, refusal
 
 import data
 import plot
-from harness import cli, jobs
+from harness import cli, jobs, plugins, png
 from harness.cli import main
 from harness.console import as_command, minutes
 from lab.attacks import ATTACKS
@@ -406,6 +406,31 @@ def test_a_place_that_can_not_be_written_gets_one_line(capsys, tmp_path, quick):
     (tmp_path / "file").write_text("")
     line = refusal(capsys, "--rounds", "1", "--dataset", "phantom", "--out", tmp_path / "file" / "results")
     assert str(tmp_path / "file") in line
+
+
+def test_every_path_may_begin_with_the_users_folder(small, quick, tmp_path, monkeypatch, capsys):
+    """A shell leaves the ~ of `--out=~/x` as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("MADSIM_DATA", "~/data")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "own.py").write_text("")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    roots = []
+    monkeypatch.setattr(data, "pneumoniamnist", lambda root: roots.append(root) or small)
+    words = ["--rounds", "1", "--clients", "4", "--out=~/out", "--plugin=~/own.py"]
+    assert main([*words, "--data-root=~/given"]) == main([*words, "--seed=1"]) == 0
+    sys.modules.pop("own")
+    plugins.loaded.clear()
+    assert roots == [tmp_path / "home" / "given", tmp_path / "home" / "data"]
+    first, second = sorted(path.name for path in (tmp_path / "home" / "out").iterdir())
+    assert f"{tmp_path}/home/out/{first} has plugins own.py" in refusal(capsys, f"--resume=~/out/{first}")
+    assert plot.main([f"~/out/{first}", f"~/out/{second}", "--out=~/figures"]) == 0
+    assert (tmp_path / "home" / "figures" / "loss.png").is_file()
+    assert png.main(["--png=~/png", "--dataset", "phantom"]) == 0 and (tmp_path / "home" / "png").is_dir()
+    assert [*(tmp_path / "here").iterdir()] == []  # no folder named ~
+    line = refusal(capsys, "--out=~no-such-user/x")
+    assert "~no-such-user/x names a home folder that is unknown; write ./~no-such-user/x" in line
 
 
 def test_a_data_root_that_is_a_file_gets_one_line(capsys, tmp_path):

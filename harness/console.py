@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
-from harness.folder import script, unfinished
+from harness.folder import VERSION, code, script, unfinished
 
 INDENT = " " * 13  # of the texts beside the labels of a report
 RENAMED = {"--alpha-reputation": "--alpha", "--alpha": "--concentration"}  # options of earlier versions, and now
@@ -24,7 +24,16 @@ UNBROKEN = "\0"  # stands for a space that may not become the end of a line; no 
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line if no terminal folds them. For an unknown option it names the nearest one."""
+    """A parser with --version, whose errors are one line if no terminal folds them.
+
+    For an unknown option it names the nearest one.
+    """
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        if self.add_help:
+            about = "show the git commit of the code and the version of its results, and exit"
+            self.add_argument("--version", action=ShowVersion, nargs=0, default=argparse.SUPPRESS, help=about)
 
     def error(self, message: str) -> NoReturn:
         mine = set(re.findall(r"--[\w-]+", self.format_help())) - {"--help"}
@@ -36,6 +45,16 @@ class Parser(argparse.ArgumentParser):
             hints = ["the parameter of Dirichlet's distribution is now --concentration"]
         text = "; ".join([" ".join(message.split()), *hints])
         self.exit(2, fold(f"{self.prog}: {text}", sys.stderr) + "\n")
+
+
+class ShowVersion(argparse.Action):
+    """What --version does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        now = code()
+        changed = ", with changes" * bool(now["dirty"])
+        say(f"madsim, commit {now['commit'] or 'unknown'}{changed}; results of version {VERSION}")
+        parser.exit()
 
 
 def a_path(text: str) -> Path:

@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import signal
+import subprocess
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -105,6 +106,22 @@ def lock(file: Any, folder: Path) -> None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{folder} is being written by another run of madsim") from None
+
+
+def code() -> dict[str, Any]:
+    """The git commit of the code, and whether files that it holds have changed since (`dirty`). None if unknown."""
+
+    def git(*arguments: str) -> str | None:
+        command = ["git", "-C", str(Path(__file__).parents[1]), *arguments]
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return None
+
+    if not git("ls-files", "--error-unmatch", "madsim.py"):  # our folder may lie in a repository of something else
+        return {"commit": None, "dirty": None}
+    status = git("status", "--porcelain", "--untracked-files=no", ".")
+    return {"commit": git("rev-parse", "HEAD"), "dirty": bool(status)}
 
 
 def identity(about: dict) -> dict:

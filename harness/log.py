@@ -5,7 +5,6 @@ Shapes: C clients, P parameters, t round.
 
 import json
 import os
-import subprocess
 import sys
 import time
 import zlib
@@ -22,6 +21,7 @@ from harness.console import progress
 from harness.folder import (
     CHECKPOINT,
     VERSION,
+    code,
     identity,
     lock,
     naming,
@@ -405,20 +405,10 @@ def origin(members: Any) -> dict[str, Any]:
     """What a run, or a part of it, was made with: command line, code, versions, machine."""
     from importlib.metadata import version
 
-    def git(*arguments: str) -> str | None:
-        command = ["git", "-C", str(Path(__file__).parents[1]), *arguments]
-        try:
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return None
-
-    commit = status = None
-    if git("ls-files", "--error-unmatch", "madsim.py"):  # else our folder may lie in a repository of something else
-        commit, status = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no", ".")
     packages = ("numpy", "scipy", "torch", "scikit-learn", "pandas")
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "git": {"commit": commit, "dirty": None if status is None else bool(status)},
+        "git": code(),
         "versions": {"python": sys.version.split()[0]} | {package: version(package) for package in packages},
         "machine": {"device": str(members.device), "threads": members.threads, "cores": members.cores},
         "plugins": {Path(plugin).name: sha256 for plugin, sha256 in plugins.loaded.items()},

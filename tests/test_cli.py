@@ -21,6 +21,7 @@ import plot
 from harness import cli, jobs, plugins, png
 from harness.cli import main
 from harness.console import as_command, minutes
+from harness.folder import VERSION, code
 from lab.attacks import ATTACKS
 from lab.experiments import EXPERIMENTS
 from lab.partitions import PARTITIONS
@@ -584,6 +585,23 @@ def test_output_that_is_no_terminal_is_plain(tmp_path):
 )
 def test_times_are_said_roughly(seconds, words):
     assert minutes(seconds) == words
+
+
+@pytest.mark.parametrize("program", [main, plot.main, png.main])
+def test_every_program_says_the_commit_of_its_code(program, capsys, monkeypatch):
+    """It is the one that config.json records."""
+
+    def version():
+        with pytest.raises(SystemExit) as stop:
+            program(["--version"])
+        assert stop.value.code == 0
+        return capsys.readouterr().out
+
+    recorded = code()
+    changed = ", with changes" if recorded["dirty"] else ""
+    assert version() == f"madsim, commit {recorded['commit'] or 'unknown'}{changed}; results of version {VERSION}\n"
+    monkeypatch.setenv("PATH", "")  # without git
+    assert version() == f"madsim, commit unknown; results of version {VERSION}\n"
 
 
 def test_help_is_quick_and_says_where_defaults_come_from():

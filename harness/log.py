@@ -128,10 +128,9 @@ class Log:
                 | origin(self.members)
                 | {"data": self.data, "version": VERSION},
             )
-            of = self.dataset
-            four = np.concatenate([np.flatnonzero(of.train_labels == label)[:2] for label in (0, 1)])  # for Fig. 2
-            samples = {"images": of.train_images[four], "labels": of.train_labels[four]}
-            replace_arrays(self.out / "samples.npz", samples)
+            four, of = samples(self.dataset.train_labels), self.dataset
+            arrays = {"images": of.train_images[four], "labels": of.train_labels[four]}
+            replace_arrays(self.out / "samples.npz", arrays)
 
     def _reopen(self, w: np.ndarray, scores: State) -> tuple[np.ndarray, State]:
         """Put the folder back to its checkpoint; returns the checkpoint's weights and scores.
@@ -372,6 +371,14 @@ class Table:
 
         table = DataFrame(self.values[: self.due(t)], columns=self.columns)
         return table.astype({name: int for name in self.columns if name in INTEGERS})
+
+
+def samples(labels: np.ndarray) -> np.ndarray:
+    """The numbers of the four images of Fig. 2: the first two of each label, or others if a label has fewer."""
+    of_each = np.concatenate([np.flatnonzero(labels == label)[:2] for label in (0, 1)])
+    others = np.setdiff1d(np.arange(len(labels)), of_each)
+    four = np.concatenate([of_each, others])[:4]
+    return four[np.argsort(labels[four], kind="stable")]
 
 
 def plane(W: Array, spread: float, settings: Settings, before: Array) -> Array:

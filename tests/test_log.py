@@ -15,10 +15,11 @@ import pytest
 from sklearn.decomposition import PCA
 
 import model
+import plot
 from harness import log
 from harness.folder import plain
 from harness.jobs import rounds_bar, usable_cores
-from harness.log import jump, plane, summarise
+from harness.log import jump, plane, samples, summarise
 from madsim import Config, gather, simulate
 from trust import Settings
 
@@ -60,8 +61,8 @@ def test_a_runs_folder(small, tmp_path):
     assert len(run.rounds) == 3 and len(run.clients) == 15
     assert run.clients.active.isin([0, 1]).all() and run.clients.malicious.isin([0, 1]).all()
     assert json.loads((folder / "summary.json").read_text())["complete"] is True
-    with np.load(folder / "samples.npz", allow_pickle=False) as samples:
-        assert samples["labels"].tolist() == [0, 0, 1, 1] and samples["images"].shape == (4, 28, 28)
+    with np.load(folder / "samples.npz", allow_pickle=False) as four:
+        assert four["labels"].tolist() == [0, 0, 1, 1] and four["images"].shape == (4, 28, 28)
 
 
 def test_config_json_holds_what_is_needed_to_run_it_again(small, tmp_path):
@@ -179,6 +180,29 @@ def story() -> pd.DataFrame:
         (3, 0, 0, 1, 0.1, 0.3, 0.9), (3, 1, 1, 0, np.nan, 3.0, 0.1), (3, 2, 0, 0, np.nan, 0.3, 0.9),
     ]  # fmt: skip
     return pd.DataFrame(rows, columns=["round", "client", "malicious", "active", "distance", "loss", "accuracy"])
+
+
+@pytest.mark.parametrize(
+    ("labels", "four"),
+    [
+        ([1, 0, 1, 1, 0, 0], [1, 4, 0, 2]),
+        ([1, 1, 1, 1, 1, 1], [0, 1, 2, 3]),
+        ([1, 0, 1, 1, 1, 1], [1, 0, 2, 3]),
+        ([0, 0, 0, 0, 0, 1], [0, 1, 2, 5]),
+        ([0, 1, 0], [0, 2, 1]),
+    ],
+)
+def test_the_images_of_fig_2_are_two_of_each_label_if_there_are(labels, four):
+    assert samples(np.array(labels)).tolist() == four
+
+
+@pytest.mark.filterwarnings("ignore:all training images are pneumonia")
+def test_a_run_on_one_label_alone_has_fig_2(small, tmp_path):
+    ill = small.train_labels == 1
+    one_class = replace(small, train_images=small.train_images[ill], train_labels=small.train_labels[ill])
+    simulate(Config(rounds=1, clients=4, malicious=0.25), tmp_path / "run", dataset=one_class)
+    images, labels = plot.load_run(tmp_path / "run").samples
+    assert labels.tolist() == [1, 1, 1, 1] and (images == one_class.train_images[:4]).all()
 
 
 def test_a_summary_by_hand():

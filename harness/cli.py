@@ -389,14 +389,18 @@ def report_all(planned: dict[Path, Config], results: dict[Path, Result]) -> None
             point_to(folder)
         return
     places = {folder.absolute().parent for folder in there}
-    common = next(iter(there)).parent if len(places) == 1 else together([*there])[0]
+    try:
+        shown = [next(iter(there)).parent if len(places) == 1 else together([*there])[0]]
+    except ValueError:  # on Windows, drives have no common folder
+        shown = sorted(places)
     cells = [(folder, folder.name.removesuffix(f"-s{config.seed}"), "") for folder, config in there.items()]
-    of_experiment = (common / "table.md").exists()
+    of_experiment = (shown[0] / "table.md").exists()
     written = len(places) == 1 and not of_experiment
-    report_runs(tabulate(common, cells) if written else tidy(cells))
+    report_runs(tabulate(shown[0], cells) if written else tidy(cells))
     if of_experiment and results:
-        say(f"{whole(common / 'table.md')} stays as it was; the command of the experiment makes it anew")
-    point_to(common, *["table.csv"] * written)
+        say(f"{whole(shown[0] / 'table.md')} stays as it was; the command of the experiment makes it anew")
+    for place in shown:
+        point_to(place, *["table.csv"] * written)
 
 
 def play_all(folders: Iterable[Path], hide: bool) -> None:

@@ -9,6 +9,7 @@ import os
 import pickle
 import random
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -1348,6 +1349,38 @@ def test_several_runs_in_different_places_are_resumed(quick, tmp_path, capsys, m
         assert f"jobs {jobs} must be at least 1" in refusal(capsys, "--resume", *folders, "--jobs", jobs)
     assert main(["--resume", *map(str, folders), "--jobs", "1"]) == 0
     assert capsys.readouterr().out.endswith(f"Figures      python {HERE / 'plot.py'} .\n")
+
+
+def test_a_run_on_another_windows_drive_than_the_code_ends_as_usual(quick, tmp_path, capsys, monkeypatch):
+    """There, no relative path leads from the current folder to the code, and `relpath` raises ValueError."""
+
+    def on_windows(*_):
+        raise ValueError("path is on mount 'C:', start on mount 'D:'")
+
+    folder = tmp_path / "nomad-rounds1-clients2-malicious0-phantom-s0"
+    words = ["--rounds", "1", "--clients", "2", "--malicious", "0", "--dataset", "phantom", "--out", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(os.path, "relpath", on_windows)
+        assert main(words) == 0
+        assert capsys.readouterr().out.endswith(f"Figures      python {HERE / 'plot.py'} {folder}\n")
+        assert plot.main([str(folder), str(folder / "rounds.csv")]) == 0  # of several paths, the common folder is named
+    assert (folder / "figures" / "loss.png").is_file()
+
+
+def test_runs_on_several_windows_drives_are_pointed_to_one_by_one(quick, tmp_path, capsys, monkeypatch):
+    def on_windows(paths):
+        raise ValueError("Paths don't have the same drive")
+
+    words = ["--rounds", "1", "--clients", "2", "--malicious", "0", "--dataset", "phantom", "--out"]
+    for place in "ab":
+        assert main([*words, str(tmp_path / place)]) == 0
+    folders = [str(tmp_path / place / "nomad-rounds1-clients2-malicious0-phantom-s0") for place in "ab"]
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(os.path, "commonpath", on_windows)
+        assert main(["--resume", *folders, "--rounds", "2", "--jobs", "1"]) == 0
+    last = capsys.readouterr().out.splitlines()[-2:]
+    assert [shlex.split(line)[-1] for line in last] == [str(tmp_path / place) for place in "ab"]
 
 
 def test_output_that_is_closed_or_is_no_text_is_no_traceback(tmp_path):

@@ -104,6 +104,30 @@ def test_a_run_with_a_plugin_is_resumed_with_the_same_file_alone(plugin, tmp_pat
     assert main(["--resume", str(folder), "--rounds", "3", *words]) == 0
 
 
+@pytest.mark.parametrize(
+    ("kind", "registry", "entry"),
+    [
+        ("attack", ATTACKS, Attack("calls every image normal", poison=lambda labels, flip, rng: np.zeros_like(labels))),
+        ("rule", RULES, lambda W, weights, f: W[0]),
+        (
+            "partition",
+            PARTITIONS,
+            lambda labels, clients, concentration, rng: np.array_split(rng.permutation(len(labels)), clients),
+        ),
+    ],
+)
+def test_a_run_with_an_entry_that_python_code_registered_says_how_to_resume_it(
+    kind, registry, entry, small, tmp_path, capsys
+):
+    """config.json is whole: it names no plugin, because there was none."""
+    registry["my_own"] = entry
+    simulate(Config(rounds=1, clients=4, malicious=0.25, **{kind: "my_own"}), tmp_path / "run", dataset=small)
+    del registry["my_own"]
+    line = refusal(capsys, "--resume", tmp_path / "run", "--rounds", "2")
+    reason = f"names the {kind} 'my_own', which is unknown here; load it with --plugin FILE"
+    assert line == f"madsim: {tmp_path / 'run' / 'config.json'} {reason}\n"
+
+
 def test_commands_that_name_a_plugin_can_be_copied_into_a_shell(tmp_path, grid, capsys):
     path = tmp_path / "my own.py"
     path.write_text("")

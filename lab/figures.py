@@ -31,6 +31,7 @@ from harness.runs import (
     read_grid,
     read_pictures,
     seeds_in_words,
+    seen_in_words,
     shared,
     span,
     strategy,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 SHOWN = 10  # ours: reconstructed images that fit beside each other
 AROUND = 8  # ours: rounds before and after a fall of trust
 MOVED = {"d": "d: 1 is near, 0 is far", "reputation": "reputation, eqs. (1)-(4)", "trust": "trust, eqs. (5)-(7)"}
+MARKERS = "os^DvPX"
 GUESSES = {"nearest": "guess: nearest other image", "mean": "guess: mean of other images"}
 
 
@@ -145,46 +147,44 @@ def membership_figure(runs: Sequence[Run]) -> Figure | None:
     return figure
 
 
-def plot_leakage(ax: Axes, table: Any, column: str, along: str) -> None:
-    """A `column` of leakage.csv of several runs, by `along`: "images" per step, or "steps" of 20 images.
+def plot_leakage(ax: Axes, table: Any, column: str) -> None:
+    """A `column` of leakage.csv of several runs, with one row for each kind of `seen`.
 
-    One line per round, the mean over the runs, for a gradient (0 steps) and for a first step of Adam. Grey lines are
-    those of guesses that need no update: for the rank, 0.5 on average.
+    One point per round, the mean over the runs. Of many rounds an even choice is shown. Grey lines are those of guesses
+    that need no update: for the rank, 0.5 on average.
     """
-    prepare(ax, "", LEAKED[column])
-    ax.set_xlabel({"images": "images per step", "steps": "local steps of 20 images each"}[along])
-    places = {value: place for place, value in enumerate(sorted(table[along].unique()))}
-    ax.set_xticks(range(len(places)), [value or "gradient" for value in places])
-    adam = (along == "images") & (table["steps"] > 0)
-    for style, kind, of_kind in zip(LINES, ("", ", after a step of Adam"), (table[~adam], table[adam])):
-        for colour, (t, rows) in zip(COLOURS, of_kind.groupby("round")):
-            values = rows.groupby(along)[column].mean()
-            where, label = values.index.map(places), f"round {t}{kind}"
-            line(ax, where, values, label=label, color=colour, linestyle=style, marker=".")
-    for style, (name, label) in zip(LINES, GUESSES.items()):
+    places = {seen: place for place, seen in enumerate(dict.fromkeys(table["seen"]))}
+    rounds = np.unique(table["round"])
+    rounds = rounds[np.linspace(0, len(rounds) - 1, min(len(rounds), len(MARKERS))).round().astype(int)]
+    shift = np.linspace(-0.3, 0.3, len(rounds) + 2)[1:-1]  # so that no point hides another one
+    for colour, marker, shifted, t in zip(COLOURS, MARKERS, shift, rounds):
+        values = table[table["round"] == t].groupby("seen")[column].mean()
+        ax.plot(values, values.index.map(places) + shifted, marker, label=f"round {t}", color=colour)
+    for style, (name, label) in zip(LINES[1:], GUESSES.items()):
         if f"{name}_{column}" in table:
-            values = table.groupby(along)[f"{name}_{column}"].mean()
-            line(ax, values.index.map(places), values, label=label, color=HONEST, linestyle=style)
+            values = table.groupby("seen", sort=False)[f"{name}_{column}"].mean()
+            line(ax, values, range(len(values)), label=label, color=HONEST, linestyle=style, zorder=1)
     if column == "rank":
-        ax.axhline(0.5, label="chance", color=HONEST)
+        ax.axvline(0.5, label="chance", color="black", linestyle=":", zorder=1)
+    ax.set(xlabel=LEAKED[column])
+    ax.set_yticks(range(len(places)), places)
+    ax.grid(color="0.92")
+    ax.set_axisbelow(True)
 
 
 def leakage_figure(runs: Sequence[Run]) -> Figure | None:
-    """Gradient inversion: rank above, PSNR below, by images per step to the left, by local steps to the right."""
+    """Gradient inversion: the rank of the reconstructed images to the left, their PSNR to the right."""
     import pandas as pd
 
     runs = [run for run in runs if len(run.leakage)]
     if not runs:
         return None
     table = pd.concat([run.leakage for run in runs])
-    parts = {"images": table[table["steps"] < 2], "steps": table[table["images"] == 20]}
-    parts = {along: part for along, part in parts.items() if part[along].nunique() > 1}
-    if not parts:
-        return None
-    figure, axes = new_figure(2, len(parts), 8, 4 + 4 * len(parts), sharex=False, sharey="row", squeeze=False)
-    for (along, part), column_of_axes in zip(parts.items(), axes.T):
-        for ax, column in zip(column_of_axes, LEAKED):
-            plot_leakage(ax, part, column, along)
+    table["seen"] = [seen_in_words(*numbers) for numbers in zip(table["steps"], table["images"])]
+    figure, axes = new_figure(columns=2, height=2 + 0.4 * table["seen"].nunique(), width=11, sharex=False, sharey=True)
+    for ax, column in zip(axes, LEAKED):
+        plot_leakage(ax, table, column)
+    axes[0].invert_yaxis()
     figure.suptitle(title("Images reconstructed from what a client sends", runs), fontsize="medium", x=0.02, ha="left")
     return figure
 

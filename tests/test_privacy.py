@@ -325,16 +325,27 @@ def test_the_figure_of_leakage_has_the_means_of_the_seeds(tmp_path):
         columns = ["round", "steps", "images", "rank", "psnr", "mean_psnr", "nearest_psnr"]
         write_csv(tmp_path / name / "leakage.csv", columns, [[*row, 15, 17] for row in rows])
     figure = figures.leakage_figure([plot.load_run(tmp_path / name) for name in ("a", "b")])
-    rank, _, psnr, by_steps = figure.axes
-    lines = {line.get_label(): list(line.get_ydata()) for line in rank.lines}
-    assert lines == {
-        "round 1": pytest.approx([0.2, 0.4]), "round 1, after a step of Adam": pytest.approx([0.3, 0.6]),
-        "chance": [0.5, 0.5],
-    }  # fmt: skip
-    assert [text.get_text() for text in psnr.get_xticklabels()] == ["1", "4", "20"]
-    lines = {line.get_label(): list(line.get_ydata()) for line in by_steps.lines}
-    assert lines["round 1"] == [11, 11] and lines["guess: mean of other images"] == [15, 15]
+    rank, psnr = figure.axes
+    seen = ["gradient of 1 image", "gradient of 4 images", "1 step of 1 image", "1 step of 20 images"]
+    assert [text.get_text() for text in rank.get_yticklabels()] == [*seen, "5 steps of 20 images"]
+    points = dict(zip(rank.lines[0].get_ydata(), rank.lines[0].get_xdata()))  # by row
+    assert points == {row: pytest.approx(mean) for row, mean in enumerate((0.2, 0.4, 0.3, 0.6, 0.6))}
+    lines = {line.get_label(): list(line.get_xdata()) for line in psnr.lines}
+    assert sorted(lines["round 1"]) == [11, 11, 15, 17, 19] and lines["guess: mean of other images"] == [15] * 5
+    styles = [(line.get_color(), line.get_linestyle(), line.get_marker()) for line in (*rank.lines, psnr.lines[1])]
+    assert [line.get_label() for line in rank.lines] == ["round 1", "chance"] and len(set(styles)) == 3
+    assert rank.lines[0].get_marker() != "None" and rank.lines[0].get_linestyle() == "None"
     assert figures.leakage_figure([]) is None and figures.inversion_figure([plot.load_run(tmp_path / "a")]) is None
+
+
+def test_the_figure_of_leakage_shows_the_first_and_the_last_of_many_rounds(tmp_path):
+    make_run(tmp_path / "a")
+    rows = [(t, 0, 1, 0.01 * t, 20) for t in range(1, 61)]
+    write_csv(tmp_path / "a" / "leakage.csv", ["round", "steps", "images", "rank", "psnr"], rows)
+    rank, psnr = figures.leakage_figure([plot.load_run(tmp_path / "a")]).axes
+    drawn = {line.get_label(): line.get_xdata().tolist() for line in rank.lines[:-1]}
+    assert len(drawn) == 7 and drawn["round 1"] == [0.01] and drawn["round 60"] == [0.6]
+    assert len({tuple(line.get_ydata()) for line in psnr.lines}) == 7  # all PSNRs are equal, but no point hides another
 
 
 def test_threads_change_nothing(small, monkeypatch):

@@ -44,7 +44,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SHOWN = 10  # ours: reconstructed images that fit beside each other
+SHOWN = 4  # ours: reconstructed images of a kind
+ACROSS = 13  # ours: images in a line; the eleven kinds of `--inverted` then fill three lines
+GAP = 8  # pixels between two kinds
+MOST_INCHES = 0.05  # ours: of a pixel of few images
 AROUND = 8  # ours: rounds before and after a fall of trust
 MOVED = {"d": "d: 1 is near, 0 is far", "reputation": "reputation, eqs. (1)-(4)", "trust": "trust, eqs. (5)-(7)"}
 MARKERS = "os^DvPX"
@@ -189,6 +192,18 @@ def leakage_figure(runs: Sequence[Run]) -> Figure | None:
     return figure
 
 
+def plot_inversion(ax: Axes, blocks: dict[str, Any]) -> None:
+    """Blocks of images side by side, each an array uint8 [60, x], with the texts above them."""
+    x = 0
+    for seen, block in blocks.items():
+        height, width = block.shape
+        ax.imshow(block, cmap="gray", vmin=0, vmax=255, extent=(x, x + width, height, 0))
+        ax.text(x + 1, 0, seen.replace(" of ", "\nof "), va="bottom")
+        x += width + GAP
+    ax.axis("off")
+    ax.set_anchor("W")
+
+
 def inversion_figure(runs: Sequence[Run]) -> Figure | None:
     """Images of a client, and below them the reconstructed ones, for all that the attacker of the first run sees."""
     for run in runs:
@@ -196,17 +211,21 @@ def inversion_figure(runs: Sequence[Run]) -> Figure | None:
             break
     else:
         return None
-    gradients = [seen for seen in pictures if seen.startswith("gradient")]
-    sides = [side for side in (gradients, [seen for seen in pictures if seen not in gradients]) if side]
-    rows = max(map(len, sides))
-    figure, axes = new_figure(rows, len(sides), height=1 + 1.5 * rows, width=6 * len(sides), squeeze=False)
-    for ax in axes.flat:
-        ax.axis("off")
-    for ax, seen in [pair for column_of_axes, side in zip(axes.T, sides) for pair in zip(column_of_axes, side)]:
-        lines = [[np.pad(image, 1, constant_values=255) for image in images[:SHOWN]] for images in pictures[seen]]
-        ax.imshow(np.vstack([np.hstack(line) for line in lines]), cmap="gray", vmin=0, vmax=255)
-        ax.set_xlim(0, 30 * SHOWN)  # so that all images have one size
-        ax.set_title(seen, fontsize="small", loc="left")
+    lines: list[dict[str, Any]] = []
+    room = 0
+    for seen, pair in pictures.items():
+        rows = [[np.pad(image, 1, constant_values=255) for image in images[:SHOWN]] for images in pair]
+        if room < len(rows[0]):
+            lines, room = [*lines, {}], ACROSS
+        lines[-1][seen] = np.vstack([np.hstack(row) for row in rows])
+        room -= len(rows[0])
+    wide = max(sum(block.shape[1] + GAP for block in blocks.values()) for blocks in lines) - GAP
+    inches = min(12 / wide, MOST_INCHES)  # of a pixel
+    height = 0.5 + len(lines) * (0.5 + 60 * inches)
+    figure, axes = new_figure(len(lines), height=height, width=max(8, wide * inches), sharex=False, squeeze=False)
+    for ax, blocks in zip(axes.flat, lines):
+        plot_inversion(ax, blocks)
+        ax.set(xlim=(0, wide), ylim=(60, 0))  # so that all images have one size
     about = f"round {run.leakage['round'].max()}: images of a client, and below them what an attacker reconstructs"
     figure.suptitle(title(about.capitalize(), [run]), fontsize="medium", x=0.02, ha="left")
     return figure

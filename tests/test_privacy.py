@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from test_plot import make_run, write_csv
+from test_plot import make_run, nothing_is_cut, write_csv
 
 import data
 import madsim
@@ -16,6 +16,7 @@ import model
 import plot
 from harness.cli import main
 from harness.log import LEAKAGE_COLUMNS, MEMBERSHIP_COLUMNS, held
+from harness.runs import seen_in_words
 from lab import figures, privacy
 from lab.experiments import EXPERIMENTS, Experiment
 from lab.privacy import GradientInversion, MembershipInference, chance_advantage, membership_advantage
@@ -346,6 +347,36 @@ def test_the_figure_of_leakage_shows_the_first_and_the_last_of_many_rounds(tmp_p
     drawn = {line.get_label(): line.get_xdata().tolist() for line in rank.lines[:-1]}
     assert len(drawn) == 7 and drawn["round 1"] == [0.01] and drawn["round 60"] == [0.6]
     assert len({tuple(line.get_ydata()) for line in psnr.lines}) == 7  # all PSNRs are equal, but no point hides another
+
+
+ELEVEN = [(0, 1), (0, 2), (0, 4), (0, 8), (0, 20), (1, 1), (1, 4), (1, 20), (2, 20), (5, 20), (22, 20)]  # by default
+
+
+@pytest.mark.parametrize(
+    ("kinds", "lines"), [([(0, 1)], 1), ([(0, 1), (1, 1)], 1), ([(0, 1), (1, 1), (0, 4), (22, 20)], 1), (ELEVEN, 3)]
+)
+def test_reconstructed_images_are_large_and_stand_below_the_true_ones(tmp_path, kinds, lines):
+    """It shows at most four of each kind, all in one size, and most of the figure is images."""
+    make_run(tmp_path / "a")
+    greys = {"true": 50, "found": 200}
+    arrays = {f"{name}_{k}_{n}": np.full((n, 28, 28), grey, np.uint8) for k, n in kinds for name, grey in greys.items()}
+    np.savez(tmp_path / "a" / "leakage.npz", **arrays)
+    write_csv(tmp_path / "a" / "leakage.csv", ["round", "steps", "images", "rank", "psnr"], [(1, 0, 1, 0.1, 20)])
+    figure = figures.inversion_figure([plot.load_run(tmp_path / "a")])
+    assert len(figure.axes) == lines
+    figure.draw_without_rendering()
+    width, height = figure.bbox.size
+    sides = {28 * abs(ax.transData.transform((1, 0)) - ax.transData.transform((0, 0)))[0] for ax in figure.axes}
+    assert max(sides) - min(sides) < 0.01 and min(sides) > 0.06 * width
+    each = sum(min(images, 4) for _, images in kinds)
+    if each > 2:  # fewer are as large as they get
+        assert 2 * each * min(sides) ** 2 > 0.5 * width * height
+    blocks = [image.get_array() for ax in figure.axes for image in ax.images]
+    assert [block.shape for block in blocks] == [(60, 30 * min(images, 4)) for _, images in kinds]
+    assert all(set(np.unique(block[:30])) == {50, 255} and 50 not in block[30:] for block in blocks)
+    texts = [text.get_text().replace("\n", " ") for ax in figure.axes for text in ax.texts]
+    assert texts == [seen_in_words(*kind) for kind in kinds]
+    assert nothing_is_cut(figure)
 
 
 def test_threads_change_nothing(small, monkeypatch):

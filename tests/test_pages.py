@@ -187,6 +187,9 @@ def test_the_pages_without_an_installation_are_there_and_small():
     assert sorted(path.stem for path in DEMO.glob("*.html")) == sorted([*PLAYED, "late", "report"])
     assert sum(path.stat().st_size for path in DEMO.iterdir()) < 3_000_000
     template = (pages.TEMPLATES / "player.html").read_text()
+    report = (DEMO / "report.html").read_text()
+    around = re.split(r"\$\w+", (pages.TEMPLATES / "report.html").read_text())
+    assert re.fullmatch(".*".join(map(re.escape, around)), report, flags=re.DOTALL)
     shown = {}
     both = re.findall('srcdoc="(.*?)"></iframe>', (DEMO / "late.html").read_text(), flags=re.DOTALL)
     played = {name: (DEMO / f"{name}.html").read_text() for name in PLAYED}
@@ -853,6 +856,8 @@ def test_a_report_holds_table_figures_and_settings(tmp_path, capsys):
     assert page.count("<img ") == printed.count(".png") > 3
     assert "&quot;mad_start&quot;: 3" in page and "&quot;seed&quot;: 7" in page
     assert not re.search(r"(src|href)=\"(?!data:|#)", page) and "http" not in page
+    assert re.search(r"<body><main>.*</main></body></html>\s*$", page, flags=re.DOTALL)  # a landmark holds all
+    assert "prefers-color-scheme: dark" in page
 
 
 def reported(folder):
@@ -886,8 +891,9 @@ def test_the_table_of_a_report_says_once_what_all_runs_share(tmp_path):
 
 @pytest.mark.slow
 @needs_browser
-def test_the_table_of_a_report_fits_the_page_and_aligns_its_numbers(tmp_path):
-    """Long names, many exclusions and 1000 rounds, in a window that is 1280 pixels wide."""
+@pytest.mark.parametrize(("width", "height"), [(1280, 800), (1280, 1024), (1920, 1080)])
+def test_the_table_of_a_report_fits_the_page_and_aligns_its_numbers(tmp_path, width, height):
+    """Long names, many exclusions and 1000 rounds."""
     rows = [(t, client, 0, int(t < client), 0.5, 0.5) for t in (1, 2, 3, 4, 5, 6) for client in range(1, 7)]
     for number in range(2):
         name = f"mad500-malicious0.4-dirichlet-concentration0.1-geometric_median-near_copies-testbed-s{number}"
@@ -900,14 +906,23 @@ def test_the_table_of_a_report_fits_the_page_and_aligns_its_numbers(tmp_path):
     measure = """const page = document.querySelector("iframe").contentDocument, table = page.querySelector("table");
     const numbers = [...page.querySelectorAll("tr")].map((row) => [...row.cells].slice(-3).map((cell) =>
       [getComputedStyle(cell).textAlign, cell.getBoundingClientRect().right]));
-    document.title = JSON.stringify([table.rows[0].cells.length, numbers])"""
-    style = "width:1280px;height:800px;border:0"
+    const pieces = [...page.querySelectorAll("td a")].flatMap(({ firstChild: name }) =>
+      [...name.data.matchAll(/[^-]+/g)].map((piece) => {
+        const range = page.createRange();
+        range.setStart(name, piece.index); range.setEnd(name, piece.index + piece[0].length);
+        return range.getClientRects().length;
+      }));
+    const size = parseFloat(getComputedStyle(table.rows[1].cells[0]).fontSize);
+    document.title = JSON.stringify([table.rows[0].cells.length, numbers, pieces, size])"""
+    style = f"width:{width}px;height:{height}px;border:0"
     frame = f'<title></title><iframe style="{style}" srcdoc="{html.escape(reported(tmp_path))}"></iframe>'
     (tmp_path / "frame.html").write_text(f"{frame}<script>onload = () => {{ {measure} }}</script>")
-    columns, numbers = browse(tmp_path / "frame.html")
+    columns, numbers, pieces, size = browse(tmp_path / "frame.html")
     assert columns == 10  # all but the averaged rounds, which are the same
     assert len(numbers) == 3 and numbers[0] == numbers[1] == numbers[2]
-    assert all(side == "right" and end <= 1280 for row in numbers for side, end in row)
+    assert all(side == "right" and end <= width for row in numbers for side, end in row)
+    assert len(pieces) == 16 and set(pieces) == {1}  # no word of a name is broken
+    assert size >= max(16, 0.016 * height)
 
 
 # ---------------------------------------------------------------- the phantom

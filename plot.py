@@ -22,7 +22,7 @@ runpy.run_path(str(Path(__file__).parent / "harness" / "needs.py"))["check"](
 )
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MARKERS = "^sDvoP*X"
+NAMED = 8  # ours: figures of earlier calls that are named
 ATTACKER, THRESHOLD = "#D55E00", "#0072B2"
 MOST_CLIENTS = 20  # ours: with more, the lines of honest clients cover each other
 
@@ -354,11 +355,22 @@ def draw(folder: Path, parts: Sequence[Path], out: Path, report: bool, play: boo
         for name, figure in figures(runs, folder, parts):
             pictures[name.as_posix()] = save(figure, out / name)
             say(whole(pictures[name.as_posix()]))
+        say_what_stays(pictures.values())
         if report and (runs or pictures):
             out.mkdir(parents=True, exist_ok=True)
             replace_file(out / "report.html", pages.report(runs, pictures, folder))
             say(whole(out / "report.html"))
     return len(pictures)
+
+
+def say_what_stays(drawn: Collection[Path]) -> None:
+    """Name the figures of earlier calls that lie beside the PNG files `drawn` by this call. They look current."""
+    for place in sorted({path.parent for path in drawn}):
+        others = sorted({path for path in place.glob("*.png") if path.with_suffix(".svg").exists()} - {*drawn})
+        names = [path.name for path in others[:NAMED]] + [f"{len(others) - NAMED} more"] * (len(others) > NAMED)
+        if names:
+            about = "are figures of earlier calls" if len(others) > 1 else "is a figure of an earlier call"
+            say(f"{place}: {', '.join(names)} {about}; delete what you don't need", sys.stderr)
 
 
 if __name__ == "__main__":

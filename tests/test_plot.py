@@ -628,6 +628,36 @@ def test_many_starts_share_figures_of_nine(tmp_path):
 # ---------------------------------------------------------------- files
 
 
+@pytest.mark.slow
+def test_figures_of_an_earlier_call_are_named(tmp_path, capsys, monkeypatch):
+    """Two kinds of runs are here too many for one figure of curves."""
+    monkeypatch.setattr(plot, "MOST_LINES", 1)
+    make_run(tmp_path / "a")
+    assert plot.main([str(tmp_path)]) == 0
+    make_run(tmp_path / "b", mad_start=2)
+    assert plot.main([str(tmp_path)]) == 0
+    *_, refused, said = capsys.readouterr().err.splitlines()
+    names = "accuracy.png, honest_accuracy.png, loss.png, trust-a.png"
+    assert said == f"{tmp_path / 'figures'}: {names} are figures of earlier calls; delete what you don't need"
+    assert "too many for one figure of lines" in refused and (tmp_path / "figures" / "loss.png").exists()
+
+
+def test_only_figures_that_were_not_drawn_again_are_named(tmp_path, capsys):
+    """Figures have an SVG file beside them; mine.png is not a figure of plot.py."""
+    for number in range(11):
+        (tmp_path / f"trust-{number:02}.png").touch()
+        (tmp_path / f"trust-{number:02}.svg").touch()
+    (tmp_path / "mine.png").touch()
+    drawn = [tmp_path / f"trust-{number:02}.png" for number in range(11)]
+    plot.say_what_stays(drawn)
+    assert capsys.readouterr().err == ""
+    plot.say_what_stays(drawn[1:])
+    about = f"{tmp_path}: trust-00.png is a figure of an earlier call; delete what you don't need\n"
+    assert capsys.readouterr().err == about
+    plot.say_what_stays(drawn[:1])
+    assert "trust-07.png, trust-08.png, 2 more are figures of earlier calls;" in capsys.readouterr().err
+
+
 def test_find_runs_at_any_depth(tmp_path):
     deep, flat = make_run(tmp_path / "fig3a" / "mad5-s0"), make_run(tmp_path / "mad3-s0")
     (tmp_path / "unstarted").mkdir()

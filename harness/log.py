@@ -209,7 +209,7 @@ class Log:
         news = [f"test {test['accuracy']:.3f}", f"honest {means[3]:.3f}"]
         news += [f"active {who.sum()}", f"attackers {(who & ~honest).sum()}"]
         room = get_terminal_size().columns - 2 * len(str(self.config.rounds)) - BAR
-        while len(", ".join(news)) > room:
+        while news and len(", ".join(news)) > room:
             news.pop()  # tqdm would cut off digits
         self.bar.set_postfix_str(", ".join(news), refresh=False)
         self.bar.update()

@@ -124,13 +124,16 @@ def test_the_bar_shows_accuracies_clients_and_attackers_also_in_a_notebook(small
     assert len(shown) <= 80
 
 
-@pytest.mark.parametrize(("columns", "end"), [(79, "attackers 2"), (60, "honest "), (40, "test ")])
+@pytest.mark.parametrize(("columns", "end"), [(79, "attackers 2"), (60, "honest "), (40, "test "), (20, "")])
 def test_a_bar_shows_whole_numbers_also_in_a_narrow_terminal(columns, end, small, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setattr(log, "get_terminal_size", lambda: os.terminal_size((columns, 24)))
     result = simulate(Config(rounds=2), dataset=small, bar=True)
     shown = capsys.readouterr().err.rstrip().split("\r")[-1]
+    if not end:
+        assert shown.startswith("2/2 ") and "test" not in shown
+        return
     number = {"honest ": result.rounds.honest_accuracy, "test ": result.rounds.test_accuracy}.get(end)
     assert shown.endswith(end if number is None else f", {end}{number.iloc[-1]:.3f}")
 

@@ -35,7 +35,7 @@ from harness.folder import (
     uninterrupted,
     write_json,
 )
-from harness.runs import steady
+from harness.runs import seen_in_words, steady
 from trust import PRESETS, Array, Settings, State, main_cluster, squared_distances
 
 ROUND_COLUMNS = ["round", "loss", "accuracy", "honest_loss", "honest_accuracy"]
@@ -52,7 +52,7 @@ INTEGERS = {"round", "client", "malicious", "active", "steps", "images"}
 SHOWN_CLIENTS = 50  # ours: plane.csv is written for this many clients at most; with 100 it would take 6 % of a round
 CHECKPOINT_SECONDS = 1.0  # ours: a kill loses this much and one round; a checkpoint takes about 2 ms
 ROUND_SECONDS = 0.012  # measured on two cores, per client and local epoch
-INVERSION_SECONDS = 3.0  # measured on two cores, per kind of `inverted`
+INVERSION_SECONDS = 4.0  # measured on two cores, per kind of `inverted`
 BAR = 26  # characters of a progress bar, besides the numbers of rounds and the news
 
 
@@ -170,8 +170,19 @@ class Log:
     def __call__(self, t: int, *results: Any) -> None:
         """Measure what the run measures in round t, which can take a minute, and `record` the round."""
         if self.leakage and t % self.leakage.every == 0:
-            self.reconstructed = self.inversion(self.last[0], t)  # from the model that the clients received
+            # From the model that the clients received
+            self.reconstructed = self.inversion(self.last[0], t, self._tell_inversion)
         self.record(t, *results)
+
+    def _tell_inversion(self, steps: int, images: int) -> None:
+        self._tell([f"gradient inversion: {seen_in_words(steps, images)}"], refresh=True)
+
+    def _tell(self, news: list[str], refresh: bool = False) -> None:
+        """Put the news behind the progress bar, as many of them as there is room for: tqdm would cut off digits."""
+        room = get_terminal_size().columns - 2 * len(str(self.config.rounds)) - BAR
+        while news and len(", ".join(news)) > room:
+            news.pop()
+        self.bar.set_postfix_str(", ".join(news), refresh=refresh)
 
     @uninterrupted()
     def record(self, t: int, W: np.ndarray, train_loss: np.ndarray, metrics: tuple, w: np.ndarray, scores: State):
@@ -208,10 +219,7 @@ class Log:
             self.save()
         news = [f"test {test['accuracy']:.3f}", f"honest {means[3]:.3f}"]
         news += [f"active {who.sum()}", f"attackers {(who & ~honest).sum()}"]
-        room = get_terminal_size().columns - 2 * len(str(self.config.rounds)) - BAR
-        while news and len(", ".join(news)) > room:
-            news.pop()  # tqdm would cut off digits
-        self.bar.set_postfix_str(", ".join(news), refresh=False)
+        self._tell(news)
         self.bar.update()
 
     def _keep_images(self) -> None:

@@ -7,6 +7,7 @@ Shapes: P parameters, n images, m other images.
 """
 
 import re
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -134,19 +135,25 @@ class GradientInversion:
             raise ValueError(f"inverted {seen} needs {needed} images; client {self.number} has {len(self.own)}")
 
     @own_modes()
-    def __call__(self, w: np.ndarray, t: int) -> list[tuple[dict[str, Any], np.ndarray, np.ndarray]]:
+    def __call__(
+        self, w: np.ndarray, t: int, tell: Callable[[int, int], object] = lambda steps, images: None
+    ) -> list[tuple[dict[str, Any], np.ndarray, np.ndarray]]:
         """What the client reveals in round t, in which it received the global weights w [P]; see `measure`."""
-        measure = partial(self.measure, self.clients.send(w), t)
+        measure = partial(self.measure, self.clients.send(w), t, tell)
         return in_threads(measure, range(len(self.kinds)), self.clients.threads)
 
-    def measure(self, w: Tensor, t: int, number: int) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+    def measure(
+        self, w: Tensor, t: int, tell: Callable[[int, int], object], number: int
+    ) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
         """One row of leakage.csv, for the kind of this number, and the true images [n, 28, 28] and those found.
 
         The row has the `label`, which is 1 if that of a single image was found, the mean of the `ranks` of the images
         found, and the share of them whose rank is below 1 %. It has the `likeness` of the images found, and of two
-        guesses in their place: the mean of all other images, and the nearest of them.
+        guesses in their place: the mean of all other images, and the nearest of them. Before the search, which takes
+        seconds, `tell` gets the local steps and the images per step.
         """
         seen, own, steps, images = self.sent(w, t, self.kinds[number])
+        tell(steps, images)
         rng = np.random.default_rng([self.clients.seed, t, number, 4])
         labels = self.clients.labels[own[:MOST]]
         found = np.zeros((len(labels), 28, 28), np.float32)  # grey: all that is left if there is nothing to invert

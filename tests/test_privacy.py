@@ -1,6 +1,8 @@
 """Tests of lab/privacy.py: membership inference and gradient inversion."""
 
 import math
+import sys
+import types
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +17,7 @@ import madsim
 import model
 import plot
 from harness.cli import main
-from harness.log import LEAKAGE_COLUMNS, MEMBERSHIP_COLUMNS, held
+from harness.log import INVERSION_SECONDS, LEAKAGE_COLUMNS, MEMBERSHIP_COLUMNS, held, usual_seconds
 from harness.runs import seen_in_words
 from lab import figures, privacy
 from lab.experiments import EXPERIMENTS, Experiment
@@ -238,6 +240,21 @@ def test_a_gradient_of_0_or_nan_reveals_nothing_and_ends_no_run(small, monkeypat
     inversion = GradientInversion(madsim.gather(Config(), small), "gradient:1")
     [(row, true, found)] = inversion(model.initial_weights(0).numpy(), 1)
     assert not found.any() and row["psnr"] == pytest.approx(10 * math.log10(4 / (true**2).mean()), rel=1e-5)
+
+
+def test_the_bar_says_which_inversion_goes_on_and_the_estimate_counts_the_kinds(small, brief, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
+    monkeypatch.setenv("COLUMNS", "80")
+    config = Config(rounds=1, leakage=1, inverted="gradient:1,1x4")
+    simulate(config, dataset=small, bar=True)
+    *before, last = capsys.readouterr().err.rstrip().split("\r")
+    news = {shown.split(", ", 1)[1].strip() for shown in before if "inversion" in shown}
+    assert news == {"gradient inversion: gradient of 1 image", "gradient inversion: 1 step of 4 images"}
+    assert last.startswith("1/1") and "inversion" not in last
+    without = usual_seconds(Config(rounds=1))
+    assert usual_seconds(config) == pytest.approx(without + 2 * INVERSION_SECONDS)
+    of_the_lesson = replace(config, inverted="gradient:1,1x1,gradient:4,update")
+    assert 1.9 < usual_seconds(of_the_lesson) / (60 * without) < 2.5  # measured: twice as long as --quick
 
 
 def test_a_run_measures_leakage_of_the_model_that_clients_received(small, brief, tmp_path):

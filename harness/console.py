@@ -35,6 +35,9 @@ class Parser(argparse.ArgumentParser):
             about = "show the git commit of the code and the version of its results, and exit"
             self.add_argument("--version", action=ShowVersion, nargs=0, default=argparse.SUPPRESS, help=about)
 
+    def print_help(self, file: Any = None) -> None:
+        print(self.format_help(), end="", file=file or sys.stdout)  # argparse's own passes over errors of the output
+
     def error(self, message: str) -> NoReturn:
         mine = set(re.findall(r"--[\w-]+", self.format_help())) - {"--help"}
         unknown = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized arguments") else []

@@ -1266,7 +1266,7 @@ CHOICES = {f.name: f.metadata.get("choices") for f in (*fields(Config), *fields(
 OPTIONS = {
     action.option_strings[-1]: action
     for action in PARSER._actions
-    if action.option_strings and action.dest not in ("help", "out", "data_root", "resume", "device")
+    if action.option_strings and action.dest not in ("help", "version", "out", "data_root", "resume", "device")
 }
 
 

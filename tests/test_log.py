@@ -16,7 +16,7 @@ from sklearn.decomposition import PCA
 
 import model
 import plot
-from harness import log
+from harness import folder, log
 from harness.folder import plain
 from harness.jobs import rounds_bar, usable_cores
 from harness.log import jump, plane, samples, summarise
@@ -88,12 +88,11 @@ def test_a_commit_is_recorded_only_of_a_repository_that_tracks_the_code(tmp_path
         return subprocess.run(["git", *words], cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
 
     def recorded() -> list:
-        members = types.SimpleNamespace(device="cpu", threads=1, cores={})
-        return list(log.origin(members)["git"].values())
+        return list(folder.code().values())
 
     code = tmp_path / "madsim"
     code.mkdir()
-    monkeypatch.setattr(log, "__file__", str(code / "harness" / "log.py"))
+    monkeypatch.setattr(folder, "__file__", str(code / "harness" / "folder.py"))
     assert recorded() == [None, None]  # there is no repository
     git("init", "-q")
     for path in (code / "madsim.py", tmp_path / "theirs.txt", tmp_path / ".gitignore"):

@@ -9,6 +9,7 @@ Shapes: C clients, P parameters, t round.
 import runpy
 from pathlib import Path
 
+# First: are our files those that Python finds, and is there all that they need?
 runpy.run_path(str(Path(__file__).parent / "harness" / "needs.py"))["check"](__name__)
 
 import os

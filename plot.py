@@ -17,6 +17,7 @@ from __future__ import annotations
 import runpy
 from pathlib import Path
 
+# First: are our files those that Python finds, and is there all that they need?
 runpy.run_path(str(Path(__file__).parent / "harness" / "needs.py"))["check"](
     __name__, modules=("lab", "harness"), packages=("numpy", "pandas", "matplotlib")
 )

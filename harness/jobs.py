@@ -50,10 +50,14 @@ def usable_cores() -> dict[str, int]:
     """The numbers of cores that this process may use; the smaller one counts.
 
     `usable` follows from the CPU affinity of the process and the quota of its container (cgroup). `physical` are the
-    physical cores that the affinity allows: two threads on one core share its arithmetic.
+    physical cores that the affinity allows: two threads on one core share its arithmetic. Raises ValueError if
+    LOKY_MAX_CPU_COUNT, which can lower `usable`, is no whole number.
     """
     from joblib import cpu_count
 
+    most = os.environ.get("LOKY_MAX_CPU_COUNT", "1")
+    if not most.isdecimal():
+        raise ValueError(f"LOKY_MAX_CPU_COUNT is {most!r}, not a whole number")
     siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
     try:
         physical = len({Path(siblings.format(cpu)).read_text() for cpu in os.sched_getaffinity(0)})

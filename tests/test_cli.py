@@ -375,6 +375,11 @@ def test_a_process_counts_the_cores_that_it_may_use_of_64(affinity, quota, varia
     assert jobs.simulate_all(simulate, runs, None, None) == min(24, *cores.values())
 
 
+def test_a_number_of_cores_that_is_none_is_refused_by_its_name(monkeypatch, capsys):
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "two")
+    assert "LOKY_MAX_CPU_COUNT is 'two', not a whole number" in refusal(capsys, *SHORT)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_command_in_a_notebook_leaves_streams_signals_and_warnings_as_they_were(number, monkeypatch):
     """A notebook's streams have no `reconfigure`. The kernel has a handler of its own."""

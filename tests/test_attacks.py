@@ -74,6 +74,7 @@ def test_a_strength_or_burst_that_changes_nothing_is_refused(options):
         Config(**options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", some([0.02, 0.1, 1.0], 0.1))
 @pytest.mark.parametrize("start", some([1, 4], 1))
 def test_a_burst_of_noise_does_not_save_the_attackers(size, start, real):

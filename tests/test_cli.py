@@ -44,6 +44,7 @@ def test_a_client_that_submits_nan_is_out_at_once_and_named(small, tmp_path, qui
     assert rounds.notna().all(axis=None)  # NaN reached neither the scores nor the average
 
 
+@pytest.mark.slow
 def test_a_run_with_two_dozen_options_has_a_folder_a_page_and_figures(quick, tmp_path, capsys):
     """Their names have at most 255 bytes. The seeds share a row of the table, and the same command finds them again."""
     options = """
@@ -262,6 +263,7 @@ def real_is_small(small, tmp_path, monkeypatch):
     return put
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_where_its_data_lie_now(real_is_small, quick, tmp_path, monkeypatch, capsys):
     """The option wins, then MADSIM_DATA, then the folder that the run was begun with, then medmnist's. A complete run
     needs no data."""

@@ -135,6 +135,7 @@ def test_heavy_packages_are_imported_where_they_are_used(module, absent):
     assert not set(absent) & set(loaded.split())
 
 
+@pytest.mark.slow
 def test_what_the_script_runs_is_pickled_as_the_module_madsim():
     code = """
 import pickle, runpy, sys

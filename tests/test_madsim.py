@@ -110,6 +110,7 @@ def test_on_the_real_images_both_attackers_are_excluded_at_once(real, seed):
     assert after.loss < 0.7 * before.loss and after.accuracy > before.accuracy + 0.1
 
 
+@pytest.mark.slow
 def test_the_testbed_preset_excludes_one_attacker_a_round_later(phantom):
     run = simulate(Config(rounds=7, mad_start=4, settings=PRESETS["testbed"]), dataset=phantom)
     assert run.rounds.active.tolist()[:5] == [10, 10, 10, 10, 9]

@@ -225,6 +225,7 @@ def test_blocks_of_clients_change_nothing(images, labels, monkeypatch):
     assert loss_of_blocks == pytest.approx(loss.numpy())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", some([7, 13, 20], 7))
 @pytest.mark.parametrize("seed", some(range(6), 0))
 def test_threads_and_blocks_change_no_bit(images, labels, monkeypatch, batch_size, seed):

@@ -92,7 +92,10 @@ def test_folders_without_code_and_links_to_our_files_hide_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("option", ["-P", "-I"])
-@pytest.mark.parametrize(("script", "words"), [("madsim", "--list"), ("data", "--help"), ("plot", "--help")])
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [pytest.param("madsim", "--list", marks=pytest.mark.slow), ("data", "--help"), ("plot", "--help")],
+)
 def test_a_command_finds_our_files_first_also_with_an_option_that_hides_them(script, words, option, tmp_path):
     for name in ("data", "harness"):
         (tmp_path / f"{name}.py").write_text("1 / 0")

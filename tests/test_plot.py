@@ -730,6 +730,7 @@ def test_one_run_of_its_own_and_another_folder_for_figures(tmp_path, capsys):
     assert "samples.npz" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_several_folders_are_drawn_as_if_alone_in_the_folder_that_holds_them(tmp_path, capsys, monkeypatch):
     """A shell gives `results/*` with files and the folder of figures among the runs."""
     monkeypatch.chdir(tmp_path)

@@ -163,6 +163,7 @@ def test_the_label_of_a_single_image_is_exact(phantom):
             assert privacy.label_of(weights - moved[0]) == labels[number]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("adam", "most"), [(False, privacy.RARE), (True, 0.1)])
 def test_an_image_is_found_from_its_gradient_and_not_from_that_of_another(real, adam, most):
     """What is found is nearer to its own image than to nearly all of 1000 others; see the negative control."""
@@ -396,6 +397,7 @@ def test_reconstructed_images_are_large_and_stand_below_the_true_ones(tmp_path, 
     assert nothing_is_cut(figure)
 
 
+@pytest.mark.slow
 def test_threads_change_nothing(small, monkeypatch):
     """Each thread has a network of its own: a network that threads share takes weights of another one at times."""
     monkeypatch.setattr(privacy, "STEPS", 30)

@@ -83,7 +83,7 @@ LONG = "a folder with a name that is longer than a line of the terminal can be, 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["madsim.py", "--list"], "\n--experiment\n"),
+        pytest.param(["madsim.py", "--list"], "\n--experiment\n", marks=pytest.mark.slow),
         (["madsim.py", "--attack", "flipp"], "madsim: attack 'flipp' is unknown; known: label_flip, one_way_flip, "),
         (["madsim.py", "--resume", LONG], "madsim: "),
         (["plot.py", "--play", "{folder}"], "not played, there is nothing to play; madsim writes plane.csv for at"),

@@ -44,7 +44,7 @@ def simulate(
     resume: bool = False,
     bar: bool = False,
 ) -> "Result":
-    """One federated learning run. Ctrl-C ends it early: it is saved, and `Interrupted` is raised with its Result.
+    """One federated learning run. Ctrl-C ends it early: `Interrupted` is raised with its Result, and `out` is saved.
 
     `out` is a new folder for the results (None: nothing is written). With `resume` it is the folder of an interrupted
     run, which continues from its checkpoint; `Config.read(out)` gives its Config. The run may become longer. If
@@ -55,7 +55,10 @@ def simulate(
     """
     initial_weights = import_model().initial_weights
     if dataset is None:
-        dataset = load_again(config, out) if resume and out else data.load(config.dataset, config.data_root)
+        if resume and out and (Path(out) / "config.json").is_file():
+            dataset = load_again(config, out)
+        else:
+            dataset = data.load(config.dataset, config.data_root)
         if dataset.note:
             warn_once(f"phantom images, not PneumoniaMNIST: {dataset.note}", 3)
     clients = gather(config, dataset)
@@ -313,7 +316,7 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C has ended a run. Its `result` has the rounds that were complete."""
 
     def __init__(self, result: Result):
-        super().__init__("the run was saved; `result` of this exception has its rounds")
+        super().__init__("the run was interrupted; `result` of this exception has its complete rounds")
         self.result = result
 
 

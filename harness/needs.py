@@ -40,7 +40,10 @@ def check(caller, modules=OURS, packages=()):
 def refuse_others(modules):
     """Raise ImportError if Python finds another file for one of our modules."""
     for name in modules:
-        spec = find_spec(name)
+        try:
+            spec = find_spec(name)
+        except ValueError:  # a module without a spec, which another program has made
+            spec = None
         found = spec and spec.origin and Path(spec.origin).resolve()  # None if there is none
         if found and found.parent not in (HERE, HERE / name):
             way = f"rename it, or put {HERE} first in sys.path; then start Python anew"

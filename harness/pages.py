@@ -52,8 +52,10 @@ def write_players(runs: Sequence[Run], folder: Path, out: Path, hide: bool = Fal
             say(f"{run.folder}: not played, {error}", sys.stderr)
             continue
         written.append(write(page, out / run.folder.relative_to(folder).parent / f"play-{fitting(run.name)}.html"))
+    both = out / "side-by-side.html"
     if len(written) == 2 and not hide:
-        return [write(side_by_side(*written), out / "side-by-side.html")]
+        return [write(side_by_side(*written), both)]
+    both.unlink(missing_ok=True)  # that of earlier runs
     return written
 
 

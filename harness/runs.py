@@ -335,8 +335,9 @@ def telling(config: dict, data: str) -> dict[str, Any]:
     start, attacked = config.get("mad_start"), config.get("malicious") != 0
     found = {"attacked": attacked, "mad_start": start, "data": data, "rounds": config.get("rounds")}
     found |= {name: config.get(name, default) for name, default in DEFAULTS.items()}
-    if any(found[name] != default for name, default in OF_MAD.items()):
-        found["preset"] = config.get("preset")  # None: settings of one's own, which are named one by one
+    # A preset of None: settings of one's own, which are named one by one. Early runs did not record theirs.
+    if "preset" not in config and any(found[name] != default for name, default in OF_MAD.items()):
+        del found["preset"]
     if found["partition"] != "iid":
         found["partition"] = f"{found['partition']} {config.get('concentration')}"
     idle = [*OF_ATTACKS] * (not attacked) + ["preset", *OF_MAD] * (start is None)
@@ -373,7 +374,7 @@ def variants(runs: Sequence[Run]) -> list[str]:
             parts.append(f"MAD from round {start}")
         elif "mad_start" in told and not unattacked:
             parts.append("never (FedAvg)" if found["rule"] == "mean" else "never")
-        implied = ("attacked", "mad_start", *OF_MAD) if found.get("preset") else ("attacked", "mad_start")
+        implied = ("attacked", "mad_start", *(OF_MAD if found.get("preset") else ["preset"]))
         details = [name for name in told if name in found and name not in implied]
         unusual = [name for name in details if name not in DEFAULTS or is_unusual(name, found)]
         parts += [setting_in_words(name, found[name]) for name in (unusual if parts else unusual or details)]
@@ -394,7 +395,7 @@ def shared(each: Sequence[dict[str, Any]]) -> list[str]:
 
 def is_unusual(name: str, found: dict[str, Any]) -> bool:
     """Whether a `telling` setting is not the default, and not one of a preset, which is named instead."""
-    return found[name] not in (DEFAULTS[name], None) and not (name in OF_MAD and found["preset"])
+    return found[name] not in (DEFAULTS[name], None) and not (name in OF_MAD and found.get("preset"))
 
 
 def kinds(runs: Sequence[Run]) -> dict[str, list[Run]]:

@@ -442,7 +442,42 @@ def test_the_path_of_a_client_through_the_equations_by_hand(tmp_path):
         ["(7) T", "-0.167, clipped to 0…1", "= 0.000"],
     ]
     assert second[2] == "The trust 0.000 is below the threshold 0.15, so it is excluded"
-    assert third[1:] == [[], "It was excluded in round 2, so it has no d."]
+    assert third[1:] == [[], "It was excluded in round 2."]
+
+
+@pytest.mark.slow
+@needs_browser
+def test_the_page_says_why_mad_excludes_a_client_or_keeps_it(tmp_path):
+    script = "return [0, 1].map((client) => { chosen = client; return run.rounds.map((t) => path(t)[2]); });"
+    d = np.array([[0.1, 0.9, 0.8], [0.1, 0.9, 0.8], [0.1, 0.9, 0.8], [0.9, 0.1, 0.8], [0.1, 0.9, 0.8]])
+    scored(tmp_path / "testbed", d, PRESETS["testbed"], mad_start=2)  # the lowest first, and a round later
+    first, _ = driven(tmp_path / "testbed", PATH + script)
+    assert first[0] == "MAD judges it from the next round on."
+    assert first[1].endswith("of round 1 is below the threshold 0.15, but MAD is off")
+    assert (
+        first[2].endswith("of round 2 is the lowest, so it is excluded")
+        and first[3:] == ["It was excluded in round 3."] * 2
+    )
+    scored(tmp_path / "kept", np.full((3, 3), 0.2), PRESETS["paper"], mad_start=2)
+    off, kept, _ = driven(tmp_path / "kept", PATH + script)[0]
+    assert off.endswith("below the threshold 0.15, but MAD is off") and kept.endswith("but nobody would be left")
+    d = np.array([[0.9, 0.9, 0.8], [np.nan, 0.9, 0.8], [np.nan, 0.9, 0.8]])
+    settings = replace(PRESETS["paper"], excluded="observed")
+    scored(tmp_path / "nan", d, settings, mad_start=None)
+    _, lost, after = driven(tmp_path / "nan", PATH + script)[0]
+    assert lost == "It submitted NaN or infinity: it has no d, and is excluded."
+    assert after == "It was excluded in round 2."
+
+
+@pytest.mark.slow
+@needs_browser
+def test_the_curves_of_a_path_are_drawn_for_honest_clients_too(tmp_path):
+    script = """
+return [1, 2].map((client) => { chosen = client; show(5);
+  return [...byId("path").querySelectorAll("polyline")].map((line) => getComputedStyle(line).stroke); });
+"""
+    for strokes in driven(of_ten(tmp_path / "a"), PATH + script):
+        assert len(strokes) == 6 and "none" not in strokes
 
 
 @pytest.mark.slow
@@ -571,7 +606,8 @@ def test_two_runs_play_side_by_side_and_can_be_read_from_afar(tmp_path, size):
     script = f"""
 const measured = (page) => new page.Function({json.dumps(MEASURED)})();
 const look = (page) => ["round", "story"].map((id) => page.document.getElementById(id).textContent);
-const seen = [], key = (page, key) => page.document.dispatchEvent(new page.KeyboardEvent("keydown", {{ key }}));
+const seen = [document.activeElement === document.querySelector("iframe")]; // so that its keys work at once
+const key = (page, key) => page.document.dispatchEvent(new page.KeyboardEvent("keydown", {{ key }}));
 key(runs[0], "End"); await wait(); seen.push(runs.map(look));
 const texts = (page) => [...page.document.getElementById("loss").querySelectorAll("text")];
 seen.push(runs.map((page) => texts(page).map((text) => text.textContent)));
@@ -583,8 +619,9 @@ key(runs[0], "h"); key(runs[0], "Home"); await wait(); seen.push(runs.map(look))
 runs[1].play(true); await new Promise((done) => setTimeout(done, 4000)); seen.push(runs.map(look));
 return seen;
 """
-    end, axes, back, curves, path, chosen, home, played = beside(tmp_path, script, size)
+    focused, end, axes, back, curves, path, chosen, home, played = beside(tmp_path, script, size)
     never = "MAD never starts: nobody is excluded"
+    assert focused
     assert end == [["Round 8 of 8", "Excluded: clients 0, 1 (attackers) in round 4"], ["Round 8 of 8", never]]
     assert [texts[:3] for texts in axes] == [["0.00", "1.50", "3.00"]] * 2  # both have the larger axis
     for told, t in (back, 6), (home, 1), (played, 8):
@@ -603,6 +640,9 @@ def test_two_runs_have_a_page_with_both_unless_it_would_tell_who_lies(tmp_path, 
     assert plot.main([str(tmp_path), "--play", "--hide", "--out", str(tmp_path / "out" / "hide")]) == 0
     assert [path.parent.name for path in (tmp_path / "out").rglob("side-by-side.html")] == ["b"]
     page = (tmp_path / "out" / "b" / "side-by-side.html").read_text()
+    old = tmp_path / "out" / "c" / "side-by-side.html"
+    old.write_text("two earlier runs")
+    assert plot.main([str(tmp_path), "--play", "--out", str(old.parent)]) == 0 and not old.exists()
     assert page.count("<iframe") == 2 and [title in page for title in ("play-a", "play-b")] == [True, True]
     assert html.escape((tmp_path / "out" / "b" / "play-a.html").read_text()) in page
 

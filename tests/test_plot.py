@@ -285,7 +285,12 @@ def test_a_preset_is_named_instead_of_its_settings(tmp_path):
     assert variants([paper, early])[0].startswith("MAD from round 3")
     of_own = "clusters 1, scale floor 0, equation2 testbed, order smooth-clip, excluded observed, decision next"
     assert variants([own, paper])[0].startswith(of_own)
-    assert variants([testbed, own])[0] == "preset testbed" and plot.title("Loss", [own]).count("clusters 1") == 1
+    assert (
+        variants([testbed, own]) == ["preset testbed", "beta trust 0.85"]
+        and plot.title("Loss", [own]).count("clusters 1") == 1
+    )
+    unrecorded = loaded(tmp_path / "unrecorded", seed=1, **of_testbed)
+    assert len(runs.kinds([testbed, unrecorded])) == 1
     never = loaded(tmp_path / "never", preset="testbed", mad_start=None, **of_testbed)
     assert plot.title("Loss", [never]).endswith("seed 0")  # without MAD it changes nothing
 

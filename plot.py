@@ -31,7 +31,7 @@ import numpy as np
 from harness import pages
 from harness.console import Parser, a_path, as_command, say, whole
 from harness.drawing import HONEST, LINES, band, band_title, bundles, line, new_figure, over_seeds, prepare, save
-from harness.folder import fitting, replace_file, together
+from harness.folder import fitting, together
 from harness.runs import (
     CURVES,
     LABELS,
@@ -358,9 +358,7 @@ def draw(folder: Path, parts: Sequence[Path], out: Path, report: bool, play: boo
             say(whole(pictures[name.as_posix()]))
         say_what_stays(pictures.values())
         if report and (runs or pictures):
-            out.mkdir(parents=True, exist_ok=True)
-            replace_file(out / "report.html", pages.report(runs, pictures, folder))
-            say(whole(out / "report.html"))
+            pages.write(pages.report(runs, pictures, folder), out / "report.html")
     return len(pictures)
 
 

@@ -23,6 +23,7 @@ from harness.runs import (
     Run,
     alike,
     by_start,
+    evenly,
     exclusions,
     kinds,
     natural,
@@ -139,8 +140,7 @@ def reaches(far: Any) -> Any:
 def frames(rounds: list[int], clients: int, excluded: Any, room: int = PAGE_BYTES) -> list[int]:
     """The rounds that a page shows: all, or an even choice that fits into `room` bytes, and those of the `excluded`."""
     most = max(2, room // (23 * clients + 55) - len(excluded))  # bytes per client and per round
-    even = {rounds[i] for i in np.linspace(0, len(rounds) - 1, min(most, len(rounds))).round().astype(int)}
-    return sorted(even | set(map(int, excluded)))
+    return sorted({*evenly(rounds, most), *map(int, excluded)})
 
 
 def report(runs: Sequence[Run], pictures: Mapping[str, Path], folder: Path) -> str:

@@ -297,6 +297,12 @@ def read_pictures(path: Path) -> dict[str, tuple[NDArray, NDArray]]:
         return {}
 
 
+def evenly(values: Sequence[int], most: int) -> list[int]:
+    """At most so many of the values, at even distances: the first and the last are among them."""
+    places = np.linspace(0, len(values) - 1, min(most, len(values))).round().astype(int)
+    return [values[place] for place in places]
+
+
 def seen_in_words(steps: int, images: int) -> str:
     """What the attacker of a gradient inversion sees; see lab.privacy.kinds_seen."""
     each = f"{images} image" + "s" * (images > 1)

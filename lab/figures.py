@@ -28,6 +28,7 @@ from harness.runs import (
     Run,
     counted,
     differing,
+    evenly,
     read_grid,
     read_pictures,
     seeds_in_words,
@@ -157,8 +158,7 @@ def plot_leakage(ax: Axes, table: Any, column: str) -> None:
     that need no update: for the rank, 0.5 on average.
     """
     places = {seen: place for place, seen in enumerate(dict.fromkeys(table["seen"]))}
-    rounds = np.unique(table["round"])
-    rounds = rounds[np.linspace(0, len(rounds) - 1, min(len(rounds), len(MARKERS))).round().astype(int)]
+    rounds = evenly(sorted(table["round"].unique()), len(MARKERS))
     shift = np.linspace(-0.3, 0.3, len(rounds) + 2)[1:-1]  # so that no point hides another one
     for colour, marker, shifted, t in zip(COLOURS, MARKERS, shift, rounds):
         values = table[table["round"] == t].groupby("seen")[column].mean()
